@@ -1,0 +1,49 @@
+"""Files that exist whole or not at all.
+
+Everything this package leaves on disk goes through `replacing`: bytes land in a temporary file beside the
+target, are flushed to the device, and take the target's name in one step. A process killed at any moment
+leaves the old file, the new file, or a temporary one that nothing reads.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes `path` when the block ends without an exception.
+
+    `exclusive` says that only one process can be writing this path: the temporary name is then always the
+    same, so a later run overwrites what a killed one left. Otherwise the name carries host and process, and
+    two processes that write the same path each leave a whole file, the later one winning.
+
+    Yields a writable and seekable binary file. Raises OSError as the file system does.
+    """
+    owner = "" if exclusive else f".{socket.gethostname()}.{os.getpid()}"
+    temporary = path.parent / f".{path.name}.partial{owner}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # Without this the rename itself may not survive a power cut.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with replacing(path) as stream:
+        stream.write(data)

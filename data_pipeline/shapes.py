@@ -1,0 +1,354 @@
+"""The embedded data set: pictures of coloured shapes with captions in GenEval's six templates.
+
+    t2i data shapes --out data/shapes --samples 20000
+
+It stands in for nothing: it is a small world in which the whole chain from image-text pairs to a GenEval score can be
+run and measured in minutes, because what is in a picture can be told exactly. Every picture is a function of
+(seed, index), 64x64 pixels, one to four non-overlapping shapes of eight kinds in GenEval's ten colours over a muted
+background.
+
+The split: the eight unordered pairs of shapes in `HELD_OUT_PAIRS` are never together in a training picture. Evaluation
+prompts of the combination tasks (two_object, position, color_attr) use those pairs only, so their score measures
+composition, not memory. single_object, counting and colors have too few prompts to split; their pictures are still
+drawn from other random numbers.
+
+A position caption names the colours of its two objects half of the time ("a photo of a red circle left of a blue
+star"); evaluation prompts never do, as in GenEval.
+"""
+
+import io
+import json
+import math
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data_pipeline.atomic import replacing, write_bytes
+from data_pipeline.geneval_text import TAGS, prompt_for
+
+IMAGE_SIZE = 64
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 32, 38),
+    "orange": (245, 135, 20),
+    "yellow": (250, 222, 40),
+    "green": (30, 150, 60),
+    "blue": (35, 80, 215),
+    "purple": (125, 45, 175),
+    "pink": (250, 150, 195),
+    "brown": (120, 70, 30),
+    "black": (15, 15, 15),
+    "white": (252, 252, 252),
+}
+TASKS = TAGS
+RELATIONS = ("left of", "right of", "above", "below")
+# A cycle through the eight shapes in steps of three: every shape is in two held-out pairs and in five that train.
+HELD_OUT_PAIRS = frozenset(frozenset((SHAPES[i], SHAPES[(i + 3) % 8])) for i in range(8))
+
+# How often each task's captions occur in training: more where there is more to learn.
+TASK_WEIGHTS = {
+    "single_object": 0.10,
+    "two_object": 0.18,
+    "counting": 0.20,
+    "colors": 0.14,
+    "position": 0.20,
+    "color_attr": 0.18,
+}
+# Background colours, all at least 60 RGB units from each of the ten object colours.
+BACKGROUNDS = (
+    (150, 160, 172), (172, 164, 150), (146, 158, 142), (166, 150, 164), (124, 134, 148), (190, 186, 176),
+    (158, 142, 132), (136, 152, 156),
+)  # fmt: skip
+RADIUS_RANGE = {1: (11, 14), 2: (11, 13), 3: (10, 12), 4: (10, 12)}  # pixels, by the number of objects
+GAP = 3  # pixels between the bounding boxes of two objects, and 2 to the border
+SUPERSAMPLING = 4
+LAYOUTS_PER_DRAW = 256
+
+
+@dataclass(frozen=True)
+class PlacedShape:
+    """One object of a picture: centre and radius in pixels (the radius of the enclosing circle)."""
+
+    shape: str
+    color: str
+    cx: float
+    cy: float
+    radius: float
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The outline's bounding box (x0, y0, x1, y1) in pixels."""
+        x0, y0, x1, y1 = (_unit_box(self.shape) * self.radius).tolist()
+        return (self.cx + x0, self.cy + y0, self.cx + x1, self.cy + y1)
+
+
+@dataclass(frozen=True)
+class ShapesSample:
+    """A picture (uint8 [64, 64, 3]), its caption, GenEval metadata, and what was drawn where."""
+
+    image: np.ndarray
+    caption: str
+    metadata: dict[str, Any]
+    objects: tuple[PlacedShape, ...]
+
+
+@cache
+def _outline(shape: str) -> np.ndarray:
+    """The polygon of a shape around the origin, within the unit circle or a little inside it: [P, 2] (x right, y down)."""
+
+    def on_circle(angles_degrees: np.ndarray, radius: np.ndarray | float = 1.0) -> np.ndarray:
+        angles = np.deg2rad(angles_degrees)
+        return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+
+    if shape == "circle":
+        return on_circle(np.arange(0, 360, 5), 0.92)
+    if shape == "square":
+        return on_circle(np.arange(45, 360, 90), 1.13)
+    if shape == "triangle":
+        return on_circle(np.array([-90, 30, 150]), 1.1) + np.array([0, 0.22])
+    if shape == "star":
+        angles = np.arange(-90, 270, 36)
+        return on_circle(angles, np.where(np.arange(10) % 2 == 0, 1.1, 0.45)) + np.array([0, 0.06])
+    if shape == "diamond":
+        return np.array([[0, -1.1], [0.72, 0], [0, 1.1], [-0.72, 0]])
+    if shape == "cross":
+        a, b = 0.34, 1.0
+        return np.array([
+            [-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a],
+        ])  # fmt: skip
+    if shape == "heart":
+        t = np.deg2rad(np.arange(0, 360, 5))
+        x = 16 * np.sin(t) ** 3
+        y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+        return np.stack([x / 16, (y - 2.5) / 15.5], axis=1)
+    if shape == "hexagon":
+        return on_circle(np.arange(0, 360, 60), 1.05)
+    raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+
+
+@cache
+def _unit_box(shape: str) -> np.ndarray:
+    """The bounding box (x0, y0, x1, y1) of a shape of radius 1 around the origin."""
+    return np.concatenate([_outline(shape).min(0), _outline(shape).max(0)])
+
+
+def shape_mask(shape: str, cx: float, cy: float, radius: float, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Anti-aliased coverage of a shape: float32 [size, size] in 0..1, centre and radius in pixels."""
+    scale = SUPERSAMPLING
+    canvas = Image.new("L", (size * scale, size * scale))
+    points = (_outline(shape) * radius + np.array([cx, cy])) * scale - 0.5
+    ImageDraw.Draw(canvas).polygon([tuple(p) for p in points.tolist()], fill=255)
+    return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """A muted background: plain, a linear gradient, a vignette, or soft blotches. float32 [64, 64, 3]."""
+    first, second = (np.array(BACKGROUNDS[i], np.float32) for i in rng.choice(len(BACKGROUNDS), 2, replace=False))
+    x, y = np.meshgrid(np.linspace(-1, 1, IMAGE_SIZE), np.linspace(-1, 1, IMAGE_SIZE))
+    kind = rng.integers(4)
+    if kind == 0:
+        blend = np.zeros_like(x)
+    elif kind == 1:
+        angle = rng.uniform(0, 2 * math.pi)
+        blend = 0.5 + 0.5 * (x * math.cos(angle) + y * math.sin(angle)) / 1.42
+    elif kind == 2:
+        blend = np.clip((x**2 + y**2) / 2, 0, 1)
+    else:
+        coarse = Image.fromarray(rng.uniform(0, 1, (3, 3)).astype(np.float32))
+        blend = np.asarray(coarse.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+        blend = np.clip(blend, 0, 1)
+    return first + (second - first) * blend[..., None].astype(np.float32)
+
+
+def _draw(objects: tuple[PlacedShape, ...], rng: np.random.Generator) -> np.ndarray:
+    canvas = _background(rng)
+    for placed in objects:
+        coverage = shape_mask(placed.shape, placed.cx, placed.cy, placed.radius)[..., None]
+        canvas = canvas * (1 - coverage) + np.array(COLORS[placed.color], np.float32) * coverage
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+def _layouts_hold(relation: str, centers_KN2: np.ndarray, radii_KN: np.ndarray) -> np.ndarray:
+    """Which layouts [K] have the second object beyond doubt in that relation to the first.
+
+    Its axis dominates, and the objects do not overlap along it.
+    """
+    dx, dy = (centers_KN2[:, 1] - centers_KN2[:, 0]).T
+    along, across = {
+        "left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx),
+    }[relation]  # fmt: skip
+    return (along > 0.9 * radii_KN[:, :2].sum(1)) & (np.abs(across) <= 0.6 * along)
+
+
+def _place(kinds: list[tuple[str, str]], relation: str | None, rng: np.random.Generator) -> tuple[PlacedShape, ...]:
+    """Random non-overlapping places for (shape, colour) pairs; with a relation, the second stands so to the first.
+
+    Draws whole layouts and takes the first in which every pair of bounding boxes is `GAP` pixels apart.
+    """
+    low, high = RADIUS_RANGE[len(kinds)]
+    unit_boxes_N4 = np.stack([_unit_box(shape) for shape, _ in kinds])
+    first, second = np.triu_indices(len(kinds), 1)
+    while True:  # four objects of the largest size fit, so this ends, mostly in the first round
+        radii_KN = rng.integers(low, high + 1, size=(LAYOUTS_PER_DRAW, len(kinds)))
+        margin_KN1 = np.ceil(radii_KN * 1.1 + 2)[..., None]
+        # Integer centres: half-pixel edges would only add tokens that say the same.
+        centers_KN2 = np.floor(
+            margin_KN1 + rng.random((*radii_KN.shape, 2)) * (IMAGE_SIZE + 1 - 2 * margin_KN1),
+        )
+        low_KN2 = centers_KN2 + radii_KN[..., None] * unit_boxes_N4[:, :2]
+        high_KN2 = centers_KN2 + radii_KN[..., None] * unit_boxes_N4[:, 2:]
+        gaps = np.maximum(low_KN2[:, first] - high_KN2[:, second], low_KN2[:, second] - high_KN2[:, first]).max(-1)
+        good_K = (gaps >= GAP).all(-1)
+        if relation is not None:
+            good_K &= _layouts_hold(relation, centers_KN2, radii_KN)
+        if good_K.any():
+            k = int(good_K.argmax())
+            return tuple(
+                PlacedShape(shape, color, float(cx), float(cy), float(radius))
+                for (shape, color), (cx, cy), radius in zip(kinds, centers_KN2[k], radii_KN[k], strict=True)
+            )
+
+
+def _sample(metadata: dict[str, Any], rng: np.random.Generator) -> ShapesSample:
+    kinds: list[tuple[str, str]] = []
+    relation = None
+    for entry in metadata["include"]:
+        relation = entry.get("position", [relation])[0]
+        for _ in range(entry["count"]):
+            kinds.append((entry["class"], entry.get("color") or str(rng.choice(list(COLORS)))))
+    objects = _place(kinds, relation, rng)
+    return ShapesSample(_draw(objects, rng), metadata["prompt"], metadata, objects)
+
+
+def _metadata(tag: str, include: list[dict[str, Any]]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"tag": tag, "include": include}
+    if tag == "counting":
+        metadata["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
+    return metadata | {"prompt": prompt_for(tag, include)}
+
+
+def _training_metadata(rng: np.random.Generator) -> dict[str, Any]:
+    tag = str(rng.choice(TASKS, p=[TASK_WEIGHTS[task] for task in TASKS]))
+    while True:
+        first, second = (str(s) for s in rng.choice(SHAPES, size=2, replace=False))
+        if frozenset((first, second)) not in HELD_OUT_PAIRS:
+            break
+    color_a, color_b = (str(c) for c in rng.choice(list(COLORS), size=2, replace=False))
+    one: dict[str, Any] = {"class": first, "count": 1}
+    other: dict[str, Any] = {"class": second, "count": 1}
+    if tag == "single_object":
+        return _metadata(tag, [one])
+    if tag == "two_object":
+        return _metadata(tag, [one, other])
+    if tag == "counting":
+        return _metadata(tag, [one | {"count": int(rng.integers(2, 4, endpoint=True))}])
+    if tag == "colors":
+        return _metadata(tag, [one | {"color": color_a}])
+    if tag == "color_attr":
+        return _metadata(tag, [one | {"color": color_a}, other | {"color": color_b}])
+    if rng.random() < 0.5:
+        one, other = one | {"color": color_a}, other | {"color": color_b}
+    return _metadata("position", [one, other | {"position": [str(rng.choice(RELATIONS)), 0]}])
+
+
+def training_sample(seed: int, index: int) -> ShapesSample:
+    """Sample `index` of the training set `seed`: always the same picture, whatever else is made."""
+    rng = np.random.default_rng([seed, index, 0])
+    return _sample(_training_metadata(rng), rng)
+
+
+def ground_truth(metadata: dict[str, Any], seed: int) -> ShapesSample:
+    """A correct picture for a prompt (GenEval metadata over shapes), from other random numbers than training."""
+    return _sample(metadata, np.random.default_rng([seed, 0, 1]))
+
+
+def evaluation_metadata(per_task: int = 100, seed: int = 0) -> list[dict[str, Any]]:
+    """The prompts of GenEval-shapes: GenEval metadata, at most `per_task` a task, tasks in GenEval's order.
+
+    single_object has 8 prompts, two_object 16, counting 24, colors 80, position 64 and color_attr 1440 to draw from;
+    the combination tasks hold only pairs from `HELD_OUT_PAIRS`. A task with more prompts than `per_task` is a random
+    subset that depends on `seed`.
+    """
+    if per_task < 1:
+        raise ValueError(f"per_task is {per_task}; at least one prompt a task is needed")
+    ordered = [pair for p in HELD_OUT_PAIRS for pair in (tuple(sorted(p)), tuple(sorted(p, reverse=True)))]
+    ordered.sort()
+    prompts: dict[str, list[list[dict[str, Any]]]] = {
+        "single_object": [[{"class": s, "count": 1}] for s in SHAPES],
+        "two_object": [[{"class": a, "count": 1}, {"class": b, "count": 1}] for a, b in ordered],
+        "counting": [[{"class": s, "count": n}] for s in SHAPES for n in (2, 3, 4)],
+        "colors": [[{"class": s, "count": 1, "color": c}] for s in SHAPES for c in COLORS],
+        "position": [
+            [{"class": a, "count": 1}, {"class": b, "count": 1, "position": [relation, 0]}]
+            for a, b in ordered
+            for relation in RELATIONS
+        ],
+        "color_attr": [
+            [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}]
+            for a, b in ordered
+            for color_a in COLORS
+            for color_b in COLORS
+            if color_a != color_b
+        ],
+    }
+    rng = np.random.default_rng([seed, 2])
+    chosen = []
+    for tag in TASKS:
+        pool = prompts[tag]
+        order = range(len(pool)) if len(pool) <= per_task else sorted(rng.choice(len(pool), per_task, replace=False))
+        chosen += [_metadata(tag, pool[i]) for i in order]
+    return chosen
+
+
+def _shard_members(seed: int, first: int, last: int) -> Iterator[tuple[str, bytes]]:
+    for index in range(first, last):
+        sample = training_sample(seed, index)
+        picture = io.BytesIO()
+        Image.fromarray(sample.image).save(picture, "png", compress_level=1)
+        yield f"{index:08d}.png", picture.getvalue()
+        yield f"{index:08d}.txt", sample.caption.encode()
+        # The shape as the class: what class-conditional runs on this data train with.
+        yield f"{index:08d}.cls", str(SHAPES.index(sample.objects[0].shape)).encode()
+        yield f"{index:08d}.json", json.dumps(sample.metadata).encode()
+
+
+def _write_shard(out: Path, seed: int, samples: int, shard_size: int, shard: int) -> int:
+    """Write one tar whole, unless it is there; returns its number of samples."""
+    first, last = shard * shard_size, min(samples, (shard + 1) * shard_size)
+    path = out / f"shapes-{shard:06d}.tar"
+    if not path.exists():
+        with replacing(path) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+            for name, data in _shard_members(seed, first, last):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return last - first
+
+
+def write_shards(out: Path, samples: int, seed: int = 0, shard_size: int = 1000, workers: int = 2) -> None:
+    """Write the data set as raw webdataset tars (`KEY.png`, `.txt`, `.cls`, `.json`), `shard_size` samples each.
+
+    Finished tars are kept, so an interrupted call goes on where it stopped. Raises ValueError for numbers below one,
+    and where `out` holds a set that was made with other numbers.
+    """
+    if min(samples, shard_size, workers) < 1:
+        raise ValueError(f"samples ({samples}), shard size ({shard_size}) and workers ({workers}) must be at least 1")
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = {"samples": samples, "seed": seed, "shard_size": shard_size}
+    recorded = out / "shapes.json"
+    if recorded.exists() and json.loads(recorded.read_text()) != wanted:
+        raise ValueError(f"{out} holds shapes made with {recorded.read_text()}, not {wanted}; choose another folder")
+    write_bytes(recorded, json.dumps(wanted).encode())
+    shards = math.ceil(samples / shard_size)
+    write = partial(_write_shard, out, seed, samples, shard_size)
+    with ProcessPoolExecutor(workers) as pool, tqdm(total=samples, desc="shapes", unit="picture") as bar:
+        for count in pool.map(write, range(shards)):
+            bar.update(count)

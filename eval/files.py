@@ -1,0 +1,42 @@
+"""Text and JSON-lines files, written so that an interruption leaves the old file or the whole new one."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.atomic import write_bytes
+
+__all__ = ["read_jsonl", "write_jsonl", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically; makes the folder."""
+    write_bytes(path, text.encode())
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON document per line, with json's default separators, atomically."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line, skipping empty lines.
+
+    Raises:
+        ValueError: the file is missing or a line is no JSON object; names the file and line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the path of a .jsonl file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}); fix or delete the line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is {line[:40]!r}; each line must be a JSON object")
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Neighboring autoregressive text-to-image models: training, sampling, export and command line."""

@@ -1,0 +1,226 @@
+"""The numbers that define a model and a run: frozen dataclasses, checked when made, written and read as JSON.
+
+One owner for each number: micro-batch, accumulation, clipping, precision, ZeRO stage and offload live in the DeepSpeed
+JSON; everything else lives here.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter
+
+from t2i.text_encoder import TextEncoderConfig
+from t2i.wavefronts import check_grid
+
+Config = TypeVar("Config")
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _at_least(config: Any, bound: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < bound:
+            kind = type(config).__name__
+            raise ValueError(f"{kind}: {name} is {getattr(config, name)}; it must be at least {bound}")
+
+
+def _share(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{type(config).__name__}: {name} is {getattr(config, name)}; it must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A NAR transformer. The defaults are the image model's; presets are in `t2i.recipes`."""
+
+    __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
+
+    grid: tuple[int, ...] = (16, 16)
+    """Tokens along each axis: (rows, columns) for images, (frames, rows, columns) for video."""
+    vocab_size: int = 16384
+    n_layer: int = 12
+    """Trunk blocks; each axis after the last adds one more."""
+    n_head: int = 12
+    n_kv_head: int | None = None
+    """Grouped key-value heads; as many as heads when not given."""
+    width: int = 768
+    condition: Literal["text", "class"] = "text"
+    condition_dim: int = 2048
+    """Channels of the text states."""
+    max_condition: int = 120
+    """Longest caption in tokens."""
+    num_classes: int = 1000
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_base: float = 10000.0
+    prefix_rotary: Literal["identity", "zero"] = "identity"
+    """Rotary factor of prefix positions: "zero" is what published checkpoints were trained with."""
+    uncond_embedding: Literal["learned", "frozen"] = "learned"
+    uncond_tokens: int = 1
+    """Positions of the unconditional prefix of a text model. It has its own length, so a dropped caption costs no more
+    than this and tells nothing of the caption that it stands in for."""
+    uncond_mask: Literal["full", "caption"] = "full"
+    """What the unconditional branch attends to: its whole prefix, or (published) as many of the last positions of a
+    prefix of `max_condition` as the caption has, which leaks the caption's length."""
+    zero_init_heads: Literal["last", "all"] = "last"
+    dropout: float = 0.1
+    """Residual, feed-forward and token dropout while training."""
+    condition_dropout: float = 0.1
+    """How often the condition is replaced by the unconditional one while training."""
+
+    def __post_init__(self) -> None:
+        check_grid(self.grid)
+        _at_least(self, 1, "vocab_size", "n_layer", "n_head", "width", "condition_dim", "max_condition", "num_classes")
+        _share(self, "dropout", "condition_dropout")
+        if self.width % self.n_head:
+            raise ValueError(f"ModelConfig: width {self.width} is not divisible by n_head {self.n_head}; change one")
+        head_dim = self.width // self.n_head
+        if self.positions == "rotary" and (len(self.grid) != 2 or head_dim % 4):
+            raise ValueError(
+                f"ModelConfig: 2-D rotary positions need a grid of two axes and a head dimension divisible by 4; got "
+                f"grid {self.grid} and {head_dim}; use positions 'learned' or change them"
+            )
+        if not 1 <= self.uncond_tokens <= self.max_condition:
+            raise ValueError(
+                f"ModelConfig: uncond_tokens is {self.uncond_tokens}; it must be in 1..max_condition ({self.max_condition})"
+            )
+        if self.uncond_mask == "caption" and self.uncond_tokens != self.max_condition:
+            raise ValueError(
+                f"ModelConfig: uncond_mask 'caption' needs uncond_tokens {self.max_condition} (max_condition), not "
+                f"{self.uncond_tokens}"
+            )
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            raise ValueError(f"ModelConfig: n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+
+    @property
+    def n_axes(self) -> int:
+        """Prediction heads: one for each axis."""
+        return len(self.grid)
+
+    @property
+    def prefix(self) -> int:
+        """Positions before the grid at most: caption tokens, or one for a class."""
+        return self.max_condition if self.condition == "text" else 1
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size of the SwiGLU feed-forward: int(8 d / 3) rounded up to a multiple of 256."""
+        return -(-int(8 * self.width / 3) // 256) * 256
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the encoded shards are and how they are walked."""
+
+    __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
+
+    path: Path = Path("data/encoded")
+    validation: int = 512
+    """Samples at the end of the set that are kept for the validation loss."""
+    lanes: int = 64
+    workers: int = 2
+    """Reader threads a rank."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "validation")
+        _at_least(self, 1, "lanes", "workers")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Schedule, optimizer, logging and saving."""
+
+    __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
+
+    steps: int = 1000
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 500
+    sample_every: int = 0
+    """Steps between sample grids; 0 writes none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Captions (or class numbers) of the sample grid."""
+    save_every: int = 1000
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    activation_checkpointing: bool = False
+    wandb_project: str = "nar-t2i"
+    wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
+    """"auto" logs online when WANDB_API_KEY is set and offline otherwise."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "log_every", "validate_every", "save_every", "keep_last")
+        _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every")
+        _share(self, "beta1", "beta2")
+        if self.lr <= 0 or self.min_lr > self.lr:
+            raise ValueError(f"TrainConfig: lr is {self.lr} and min_lr {self.min_lr}; use 0 <= min_lr <= lr, lr > 0")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How pictures are drawn from the finished model unless a call says otherwise; exported with it."""
+
+    __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
+
+    guidance_scale: float = 7.5
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "guidance_scale", "temperature", "top_k")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"SampleConfig: top_p is {self.top_p}; it must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: model, text encoder, tokenizer, data, schedule."""
+
+    __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
+
+    name: str
+    model: ModelConfig
+    tokenizer: str
+    """Image tokenizer: a folder, or "shapes" for the one that the package ships."""
+    image_size: int
+    text_encoder: TextEncoderConfig | None = None
+    """A small T5 encoder trained together with the model; without one, text states come from the shards."""
+    frozen_text_encoder: str | None = None
+    """Folder or hub name of the T5 whose states are in the shards; loaded for the sample grid and the export."""
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    run_dir: Path = Path("runs/run")
+
+    def __post_init__(self) -> None:
+        if self.text_encoder is not None:
+            if self.model.condition != "text":
+                raise ValueError(f"recipe {self.name}: a class-conditional model takes no text encoder")
+            if self.text_encoder.dim != self.model.condition_dim:
+                raise ValueError(
+                    f"recipe {self.name}: text encoder has {self.text_encoder.dim} channels and the model takes "
+                    f"{self.model.condition_dim}; make them equal"
+                )
+            if self.text_encoder.max_length > self.model.max_condition:
+                raise ValueError(
+                    f"recipe {self.name}: captions of {self.text_encoder.max_length} tokens do not fit into "
+                    f"max_condition {self.model.max_condition}"
+                )
+
+
+def to_json(config: Any) -> str:
+    """A dataclass of this module as indented JSON text."""
+    return TypeAdapter(type(config)).dump_json(config, indent=2).decode()
+
+
+def from_json(kind: type[Config], text: str | bytes) -> Config:
+    """The inverse of `to_json`. Raises ValueError naming unknown, missing or wrong fields."""
+    return TypeAdapter(kind).validate_json(text)

@@ -1,0 +1,206 @@
+"""The transformer blocks of the NAR model, their rotary positions, key-value cache and prediction heads.
+
+Single-device code. Every module sets its own parameters in its constructor: under ZeRO-3 they are partitioned as soon
+as that constructor returns, and an outer module could no longer reach them.
+
+Shape suffixes: B batch, L sequence, S cached sequence, H heads, K key-value heads, E head dimension, C width, A axes,
+N positions predicted, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.config import ModelConfig
+from t2i.wavefronts import Grid, coordinates, order
+
+INIT_STD = 0.02
+
+
+class Linear(nn.Linear):
+    """Bias-free linear map that starts from normal(0, 0.02)."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
+class Embedding(nn.Embedding):
+    """Embedding table that starts from normal(0, 0.02)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+def rotary_table(config: ModelConfig, grid: Grid) -> Tensor:
+    """Rotation of each grid position in wavefront order: float32 [N, E / 2, 2], last axis (cos, sin).
+
+    2-D rotary embedding: the first half of the pairs turns with the row, the second with the column (RoFormer, Su et
+    al. 2021, arXiv 2104.09864, on two axes as in LlamaGen).
+    """
+    head_dim = config.width // config.n_head
+    half = head_dim // 2
+    frequency = 1.0 / config.rope_base ** (torch.arange(0, half, 2).float() / half)
+    coords_N2 = coordinates(grid)[order(grid)].float()
+    angles = (coords_N2[:, :, None] * frequency).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def prefix_rotary_table(config: ModelConfig, length: int) -> Tensor:
+    """Rotation of the prefix positions [length, E / 2, 2]: none, or the published factor 0, which erases q and k."""
+    table = torch.zeros(length, config.width // config.n_head // 2, 2)
+    if config.prefix_rotary == "identity":
+        table[..., 0] = 1
+    return table
+
+
+def rotate(x_BLHE: Tensor, table_LE2: Tensor) -> Tensor:
+    """Turn each (even, odd) pair of the head dimension by its position's angle."""
+    even, odd = x_BLHE.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table_LE2[:, None].to(x_BLHE.dtype).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+class KVCache:
+    """Keys and values of every block, preallocated in the order in which they are written."""
+
+    def __init__(
+        self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        blocks = config.n_layer + config.n_axes - 1
+        heads = config.n_kv_head or config.n_head
+        shape = (blocks, batch, heads, length, config.width // config.n_head)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, block: int, keys_BKLE: Tensor, values_BKLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of new positions behind what is there; returns all so far, without a copy.
+
+        `length` moves on when the caller calls `advance`, once all blocks have written.
+        """
+        end = self.length + keys_BKLE.shape[2]
+        self.keys[block, :, :, self.length : end] = keys_BKLE
+        self.values[block, :, :, self.length : end] = values_BKLE
+        return self.keys[block, :, :, :end], self.values[block, :, :, :end]
+
+    def advance(self, positions: int) -> None:
+        self.length += positions
+
+
+class Attention(nn.Module):
+    """Self-attention with fused query, key and value, optionally with grouped key-value heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_dim = config.width // config.n_head
+        self.wqkv = Linear(config.width, (self.n_head + 2 * self.n_kv_head) * self.head_dim)
+        self.wo = Linear(config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        table_LE2: Tensor | None,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        block: int = 0,
+    ) -> Tensor:
+        """Attend over this call's positions and, with a cache, over all before them.
+
+        Args:
+            x_BLC: Hidden states.
+            table_LE2: Rotary table of these positions, or None.
+            mask: bool, True = attends, broadcastable to [B, 1, L, S]; None lets every position attend to all.
+            cache: Where keys and values are kept; `block` is this block's number in it.
+        """
+        batch, length, _ = x_BLC.shape
+        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
+        q, k, v = self.wqkv(x_BLC).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        if table_LE2 is not None:
+            q, k = rotate(q, table_LE2), rotate(k, table_LE2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(block, k, v)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head
+        )
+        return self.dropout(self.wo(mixed.transpose(1, 2).reshape(batch, length, -1)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.width, config.hidden)
+        self.w3 = Linear(config.width, config.hidden)
+        self.w2 = Linear(config.hidden, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.width)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        table_LE2: Tensor | None,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        block: int = 0,
+    ) -> Tensor:
+        x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), table_LE2, mask, cache, block)
+        return x_BLC + self.feed_forward(self.ffn_norm(x_BLC))
+
+
+class AxisHeads(nn.Module):
+    """One prediction head per axis, each a norm and a linear map to the vocabulary, and their weighted mean.
+
+    Head a at position q predicts the token at q + e_a; a position's logits are the mean of the predictions made for it
+    (NAR, arXiv 2503.10696, section 3). The heads being linear, the mean is one matrix product over the weighted hidden
+    states side by side, and no head's own logits ever exist.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSNorm(config.width) for _ in range(config.n_axes))
+        self.weight = nn.Parameter(torch.empty(config.n_axes, config.vocab_size, config.width))
+        nn.init.normal_(self.weight, std=INIT_STD)
+        with torch.no_grad():
+            self.weight[-1 if config.zero_init_heads == "last" else slice(None)] = 0
+
+    def forward(self, hidden: list[Tensor], weights_NA: Tensor) -> Tensor:
+        """Logits [B, N, V] from the predecessors' hidden states, one [B, N, C] per axis, and the weights of the mean."""
+        weighted = [
+            norm(h) * weights_NA[:, a : a + 1].to(h.dtype)
+            for a, (norm, h) in enumerate(zip(self.norms, hidden, strict=True))
+        ]
+        flat_weight = self.weight.movedim(0, 1).flatten(1)
+        return F.linear(torch.cat(weighted, dim=-1), flat_weight)

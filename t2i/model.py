@@ -1,0 +1,282 @@
+"""The NAR transformer: tokens of a grid from a caption or a class, a wavefront at a time (arXiv 2503.10696).
+
+One class for images, video and any other grid. Three ways in:
+
+- `forward(tokens, condition, ...)`: the training loss;
+- `logits(tokens, condition, ...)`: the mixed logits of every position, uncached, in row-major order;
+- `prefill` and `step`: one wavefront after the other with a key-value cache, for `t2i.sampling`.
+
+Inside, the grid is always in wavefront order: the mask is then block-lower-triangular in training, and absent while
+decoding.
+
+Shape suffixes: B batch, P prefix positions, N grid tokens, L = P + N - 1 sequence, C width, X condition channels,
+A axes, V vocabulary, n tokens of one wavefront.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from t2i.config import ModelConfig
+from t2i.layers import (
+    INIT_STD,
+    AxisHeads,
+    Block,
+    Embedding,
+    KVCache,
+    Linear,
+    prefix_rotary_table,
+    rotary_table,
+)
+from t2i.wavefronts import attention_mask, head_weights, order, predecessors, rank, wavefront_sizes
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What follows from the grid alone, in wavefront order, on one device."""
+
+    order_N: Tensor
+    rank_N: Tensor
+    predecessors_NA: Tensor
+    head_weights_NA: Tensor
+    rotary_NE2: Tensor | None
+
+
+@cache
+def tables(config: ModelConfig, device: torch.device) -> Tables:
+    """The tables of a configuration. Kept out of the modules' buffers, where a cast to bf16 would blunt the angles."""
+    grid = config.grid
+    # A tensor made in inference mode could not be used for training later.
+    with torch.inference_mode(False):
+        # The origin is predicted from the last prefix position, which stands right before the grid: place -1.
+        places_NA = predecessors(grid)
+        return Tables(
+            order(grid).to(device),
+            rank(grid).to(device),
+            places_NA.to(device),
+            head_weights(grid, config.n_axes).to(device),
+            rotary_table(config, grid).to(device) if config.positions == "rotary" else None,
+        )
+
+
+@cache
+def prefix_table(config: ModelConfig, length: int, device: torch.device) -> Tensor | None:
+    """Rotary table of a prefix of `length` positions, or None with learned positions."""
+    if config.positions != "rotary":
+        return None
+    with torch.inference_mode(False):
+        return prefix_rotary_table(config, length).to(device)
+
+
+class TextPrefix(nn.Module):
+    """Caption states to prefix embeddings: a two-layer GELU(tanh) map, and the unconditional prefix beside it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc1 = Linear(config.condition_dim, config.width)
+        self.fc2 = Linear(config.width, config.width)
+        uncond = torch.empty(config.uncond_tokens, config.condition_dim)
+        nn.init.normal_(uncond, std=config.condition_dim**-0.5)
+        if config.uncond_embedding == "learned":
+            self.uncond = nn.Parameter(uncond)
+        else:
+            self.register_buffer("uncond", uncond)
+
+    def forward(
+        self, states_BPX: Tensor, mask_BP: Tensor | None, unconditional_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Prefix embeddings [B, P, C] and their mask [B, P]; where `unconditional_B`, those of no caption.
+
+        P grows to `uncond_tokens` if any sample could be unconditional and the captions are shorter.
+        """
+        batch, length, _ = states_BPX.shape
+        if mask_BP is None:
+            mask_BP = states_BPX.new_ones(batch, length, dtype=torch.bool)
+        if unconditional_B is not None:
+            tokens = self.config.uncond_tokens
+            if self.config.uncond_mask == "caption":  # as many of its last positions as captions are long
+                uncond_PX, uncond_mask = self.uncond[tokens - length :], mask_BP
+            else:
+                short = max(0, tokens - length)
+                states_BPX, mask_BP = F.pad(states_BPX, (0, 0, short, 0)), F.pad(mask_BP, (short, 0))
+                uncond_PX = F.pad(self.uncond, (0, 0, states_BPX.shape[1] - tokens, 0))
+                uncond_mask = torch.arange(states_BPX.shape[1], device=mask_BP.device) >= len(uncond_PX) - tokens
+            states_BPX = torch.where(unconditional_B[:, None, None], uncond_PX.to(states_BPX.dtype), states_BPX)
+            mask_BP = torch.where(unconditional_B[:, None], uncond_mask, mask_BP)
+        return self.fc2(F.gelu(self.fc1(states_BPX), approximate="tanh")), mask_BP
+
+
+class ClassPrefix(nn.Module):
+    """Class number to one prefix embedding; the row after the last class is "no class"."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_classes = config.num_classes
+        self.embedding = Embedding(config.num_classes + 1, config.width)
+
+    def forward(
+        self, labels_B: Tensor, mask_BP: Tensor | None, unconditional_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if unconditional_B is not None:
+            labels_B = torch.where(unconditional_B, self.num_classes, labels_B)
+        return self.embedding(labels_B)[:, None], torch.ones_like(labels_B, dtype=torch.bool)[:, None]
+
+
+class NAR(nn.Module):
+    """Neighboring Autoregressive transformer over a grid of tokens. See the module's docstring.
+
+    A condition is caption states [B, P, X], left-padded, with a bool mask [B, P] (True = real token; None = all real),
+    or class labels int64 [B].
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.prefix = TextPrefix(config) if config.condition == "text" else ClassPrefix(config)
+        self.tokens = Embedding(config.vocab_size, config.width)
+        self.token_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer + config.n_axes - 1))
+        self.heads = AxisHeads(config)
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(config.prefix + self.n_tokens, config.width))
+            nn.init.normal_(self.positions, std=INIT_STD)
+        self.activation_checkpointing = False
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one sample."""
+        return math.prod(self.config.grid)
+
+    # Building blocks shared by training and decoding
+
+    def _run(
+        self, x_BLC: Tensor, table_LE2: Tensor | None, mask: Tensor | None, cache: KVCache | None = None
+    ) -> list[Tensor]:
+        """Hidden states each head reads, one [B, L, C] per axis: the last axis after the trunk, each further axis one
+        block later."""
+        hidden = []
+        for number, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x_BLC = checkpoint(block, x_BLC, table_LE2, mask, use_reentrant=False)
+            else:
+                x_BLC = block(x_BLC, table_LE2, mask, cache, number)
+            if number >= self.config.n_layer - 1:
+                hidden.append(x_BLC)
+        return hidden[::-1]
+
+    @staticmethod
+    def _prefix_mask(real_BP: Tensor) -> Tensor:
+        """Attention within the prefix, bool [B, 1, P, P]: causal, real positions only, padding only to itself."""
+        length = real_BP.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=real_BP.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=real_BP.device)
+        return ((causal & real_BP[:, None, :]) | itself)[:, None]
+
+    def _embed(self, tokens_Bn: Tensor, first: int) -> Tensor:
+        """Embeddings of tokens that stand from place `first` of the wavefront order on."""
+        x = self.tokens(tokens_Bn)
+        if self.config.positions == "learned":
+            order_N = tables(self.config, x.device).order_N
+            places = self.config.prefix + order_N[first : first + tokens_Bn.shape[1]]
+            x = x + self.positions[places]
+        return x
+
+    def _embed_prefix(self, condition: Tensor, mask: Tensor | None, unconditional_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        prefix_BPC, real_BP = self.prefix(condition, mask, unconditional_B)
+        if self.config.positions == "learned":  # aligned at the end, where the real tokens are
+            prefix_BPC = prefix_BPC + self.positions[self.config.prefix - prefix_BPC.shape[1] : self.config.prefix]
+        return prefix_BPC, real_BP
+
+    # Training
+
+    def _mixed_logits(
+        self, tokens_BN: Tensor, condition: Tensor, mask: Tensor | None, unconditional_B: Tensor | None
+    ) -> Tensor:
+        """Logits of every position in wavefront order [B, N, V] from tokens in wavefront order."""
+        prefix_BPC, real_BP = self._embed_prefix(condition, mask, unconditional_B)
+        length = prefix_BPC.shape[1]
+        # Nothing is predicted from the last token.
+        x = torch.cat([prefix_BPC, self._embed(tokens_BN[:, :-1], 0)], dim=1)
+        x = self.token_dropout(x)
+        fixed = tables(self.config, x.device)
+        allowed = attention_mask(self.config.grid, length).to(x.device)[:-1, :-1]
+        table = prefix_table(self.config, length, x.device)
+        if table is not None:
+            table = torch.cat([table, fixed.rotary_NE2[:-1]])
+        padding = F.pad(real_BP, (0, x.shape[1] - length), value=True)
+        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        hidden = self._run(x, table, ((allowed & padding[:, None, :]) | itself)[:, None])
+        places_NA = length + fixed.predecessors_NA
+        return self.heads([h[:, places_NA[:, a]] for a, h in enumerate(hidden)], fixed.head_weights_NA)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        condition_mask: Tensor | None = None,
+        unconditional_B: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of the mixed logits over all tokens (a scalar, nats per token).
+
+        Args:
+            tokens: int64 [B, *grid] or [B, N] in row-major order.
+            condition, condition_mask: See the class.
+            unconditional_B: bool [B], True where the condition is dropped (classifier-free guidance, Ho and Salimans
+                2022, arXiv 2207.12598); None drops none.
+        """
+        tokens_BN = tokens.flatten(1)[:, tables(self.config, tokens.device).order_N]
+        logits = self._mixed_logits(tokens_BN, condition, condition_mask, unconditional_B)
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens_BN.flatten())
+
+    def logits(self, tokens_BN: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
+        """Mixed logits of every position given the tokens before it: [B, N] row-major -> [B, N, V] row-major."""
+        fixed = tables(self.config, tokens_BN.device)
+        tokens_BN = tokens_BN.flatten(1)[:, fixed.order_N]
+        return self._mixed_logits(tokens_BN, condition, condition_mask, None)[:, fixed.rank_N]
+
+    # Decoding
+
+    def prefill(
+        self, condition: Tensor, condition_mask: Tensor | None, unconditional_B: Tensor | None
+    ) -> tuple[Tensor, KVCache, Tensor | None]:
+        """Run the prefix and start a cache.
+
+        Returns the origin's logits [B, 1, V], the cache, and the mask [B, 1, 1, P] of the prefix's real positions, or
+        None where all are real.
+        """
+        prefix_BPC, real_BP = self._embed_prefix(condition, condition_mask, unconditional_B)
+        batch, length, _ = prefix_BPC.shape
+        # The last token is never an input, so it needs no place.
+        cache = KVCache(self.config, batch, length + self.n_tokens - 1, prefix_BPC.device, prefix_BPC.dtype)
+        hidden = self._run(
+            prefix_BPC, prefix_table(self.config, length, prefix_BPC.device), self._prefix_mask(real_BP), cache
+        )
+        cache.advance(length)
+        logits = self.heads([h[:, -1:] for h in hidden], tables(self.config, condition.device).head_weights_NA[:1])
+        return logits, cache, None if bool(real_BP.all()) else real_BP[:, None, None, :]
+
+    def step(self, tokens_Bn: Tensor, wavefront: int, cache: KVCache, prefix_mask: Tensor | None) -> Tensor:
+        """Run one wavefront's tokens [B, n] and return the logits of the next one [B, n', V]."""
+        sizes = wavefront_sizes(self.config.grid)
+        first, after = sum(sizes[:wavefront]), sum(sizes[: wavefront + 1])
+        fixed = tables(self.config, tokens_Bn.device)
+        table = None if fixed.rotary_NE2 is None else fixed.rotary_NE2[first:after]
+        mask = None if prefix_mask is None else F.pad(prefix_mask, (0, after), value=True)
+        hidden = self._run(self._embed(tokens_Bn, first), table, mask, cache)
+        cache.advance(after - first)
+        following = slice(after, after + sizes[wavefront + 1])
+        # A predecessor outside the grid has weight 0, so any place will do for it.
+        places = (fixed.predecessors_NA[following] - first).clamp_min(0)
+        return self.heads([h[:, places[:, a]] for a, h in enumerate(hidden)], fixed.head_weights_NA[following])
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters of a model, without allocating it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in NAR(config).parameters())

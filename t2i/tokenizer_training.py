@@ -1,0 +1,301 @@
+"""Train the image tokenizer on an indexed set of image-text tars.
+
+    t2i tokenizer train --data data/shapes-tokenizer --out tokenizers/shapes
+
+Single process. First some steps without quantisation, so that the encoder's outputs mean something; then the codebook
+starts from k-means over them (quantising from step 0 collapses to blurs), and codes that fall out of use are moved
+onto encoder outputs. Resumes from `state.pt` in the output folder by itself. Losses: mean absolute and mean squared
+error of pixels, and the codebook and commitment terms of VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937, eq. 3).
+
+Shape suffixes: B batch, C channels, D code dimension, H W picture, h w tokens, K codes, N positions (B·h·w).
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.images import center_crop_resize, open_rgb
+from data_pipeline.index import RawSample, ShardSet
+from data_pipeline.loader import BatchLoader, LaneOrder
+from t2i.vq import VQConfig, VQModel
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """How to train a tokenizer; the defaults made the one that the package ships for shapes."""
+
+    data: Path
+    """Folder of indexed image-text tars."""
+    out: Path
+    """Folder for weights, training state, metrics and previews."""
+    image_size: int = 64
+    model: VQConfig = field(
+        default_factory=lambda: VQConfig(
+            base_channels=8, channel_multipliers=(1, 2, 4, 12), n_res_blocks=1, z_channels=96, codebook_size=1024,
+            norm_groups=8,
+        )
+    )  # fmt: skip
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 2e-3
+    warmup_steps: int = 100
+    unquantized_steps: int = 300
+    """Steps before the codebook starts."""
+    commitment: float = 0.25
+    revive_every: int = 50
+    """Steps after which a code that no position chose is moved onto an encoder output."""
+    validation: int = 512
+    """Samples at the end of the set that are kept for measuring."""
+    lanes: int = 32
+    seed: int = 0
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "revive_every", "validation", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tokenizer training: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.unquantized_steps >= self.steps:
+            raise ValueError(
+                f"tokenizer training: {self.unquantized_steps} unquantized steps leave none of {self.steps} for the "
+                "codebook; use fewer"
+            )
+        if self.image_size % self.model.stride:
+            raise ValueError(
+                f"tokenizer training: image size {self.image_size} is not a multiple of the stride {self.model.stride}"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def images_to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    stacked = np.ascontiguousarray(np.stack(list(images)) if not isinstance(images, np.ndarray) else images)
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tensor_to_images(images_BCHW: Tensor) -> np.ndarray:
+    """float [B, 3, H, W], about [-1, 1] -> uint8 [B, H, W, 3], clipped."""
+    pixels = ((images_BCHW.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def kmeans(points_ND: Tensor, k: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
+    """Spherical k-means over unit vectors [N, D] -> unit-length centres [k, D]; empty clusters restart at a point."""
+    centres_KD = points_ND[torch.randperm(len(points_ND), generator=generator)[:k]].clone()
+    if len(centres_KD) < k:  # fewer points than codes: repeat them, revival spreads the rest
+        centres_KD = centres_KD[torch.arange(k) % len(centres_KD)]
+    for _ in range(rounds):
+        nearest_N = torch.cat([(chunk @ centres_KD.T).argmax(1) for chunk in points_ND.split(8192)])
+        sums_KD = torch.zeros_like(centres_KD).index_add_(0, nearest_N, points_ND)
+        empty_K = torch.bincount(nearest_N, minlength=k) == 0
+        centres_KD = F.normalize(sums_KD, dim=1)
+        replacement = torch.randint(len(points_ND), (int(empty_K.sum()),), generator=generator)
+        centres_KD[empty_K] = points_ND[replacement]
+    return centres_KD
+
+
+class TokenizerTrainer:
+    """One tokenizer in training: model, optimizer, code usage, and the step that they stand at."""
+
+    def __init__(self, config: TokenizerTraining, read_images: Callable[[Sequence[RawSample]], Tensor]) -> None:
+        self.config = config
+        self.shards = ShardSet(config.data)
+        if len(self.shards) <= config.validation:
+            raise ValueError(
+                f"{config.data} has {len(self.shards)} samples and {config.validation} are kept for validation; "
+                "add samples or keep fewer"
+            )
+        self.read_images = read_images
+        torch.manual_seed(config.seed)
+        self.model = VQModel(config.model)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        self.usage_K = torch.zeros(config.model.codebook_size)
+        self.step = 0
+        self.seconds = 0.0
+
+    # Saving and resuming
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "usage": self.usage_K,
+            "step": self.step, "seconds": self.seconds,
+        }  # fmt: skip
+        temporary = self.config.out / ".state.pt.partial"
+        torch.save(state, temporary)
+        temporary.replace(self.config.out / "state.pt")
+
+    def resume(self) -> bool:
+        """Go on from `state.pt`, if it is there. Raises ValueError where it belongs to other settings."""
+        path, settings_path = self.config.out / "state.pt", self.config.out / "training.json"
+        settings = json.loads(json.dumps(asdict(self.config), default=str))
+        if not path.exists():
+            self.config.out.mkdir(parents=True, exist_ok=True)
+            settings_path.write_text(json.dumps(settings, indent=2))
+            return False
+        recorded = json.loads(settings_path.read_text())
+        changed = [key for key in settings if recorded.get(key) != settings[key]]
+        if changed:
+            raise ValueError(
+                f"{self.config.out} holds a tokenizer in training with other settings ({', '.join(changed)}); "
+                "choose another --out, or give the same ones"
+            )
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.usage_K, self.step, self.seconds = state["usage"], state["step"], state["seconds"]
+        return True
+
+    # One step
+
+    def _generator(self) -> torch.Generator:
+        """Randomness is a function of (seed, step), so a resumed run draws what an uninterrupted one would."""
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+
+    def start_codebook(self, loader: BatchLoader[Tensor]) -> None:
+        """Set the codes to k-means centres of encoder outputs over some batches of the loader."""
+        batches = max(4, math.ceil(self.config.model.codebook_size * 32 / (self.config.batch * self._tokens())))
+        with torch.no_grad():
+            features = [self.model.features(next(loader)[1]).movedim(1, -1).flatten(0, 2) for _ in range(batches)]
+            centres_KD = kmeans(torch.cat(features), self.config.model.codebook_size, self._generator())
+            self.model.quantize.embedding.weight.copy_(centres_KD)
+        self.usage_K.zero_()
+
+    def _tokens(self) -> int:
+        return (self.config.image_size // self.config.model.stride) ** 2
+
+    def losses(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Losses of one batch; before the codebook starts there is no quantisation and no codebook loss."""
+        features_BDhw = self.model.features(images_BCHW)
+        codebook = features_BDhw.new_zeros(())
+        decoded_from = features_BDhw
+        if self.step >= self.config.unquantized_steps:
+            indices_Bhw = self.model.nearest(features_BDhw.detach())
+            self.usage_K += torch.bincount(indices_Bhw.flatten(), minlength=len(self.usage_K))
+            codes_BDhw = self.model.embed(indices_Bhw)
+            codebook = F.mse_loss(codes_BDhw, features_BDhw.detach()) + self.config.commitment * F.mse_loss(
+                features_BDhw, codes_BDhw.detach()
+            )
+            decoded_from = features_BDhw + (codes_BDhw - features_BDhw).detach()  # straight-through
+        decoded = self.model.decode_features(decoded_from)
+        l1, l2 = F.l1_loss(decoded, images_BCHW), F.mse_loss(decoded, images_BCHW)
+        return {"loss": l1 + l2 + codebook, "l1": l1, "l2": l2, "codebook": codebook}
+
+    def revive(self, images_BCHW: Tensor) -> int:
+        """Move codes that were not chosen since the last call onto encoder outputs of this batch; returns how many."""
+        dead = (self.usage_K == 0).nonzero().flatten()
+        self.usage_K.zero_()
+        if len(dead) == 0:
+            return 0
+        with torch.no_grad():
+            points_ND = self.model.features(images_BCHW).movedim(1, -1).flatten(0, 2)
+            # Where the codebook fits worst, a new code helps most.
+            error_N = 1 - (points_ND @ self.model.quantize.normalized().T).amax(1)
+            chosen = torch.multinomial(error_N + 1e-6, min(len(dead), len(points_ND)), generator=self._generator())
+            self.model.quantize.embedding.weight[dead[: len(chosen)]] = points_ND[chosen]
+            state = self.optimizer.state[self.model.quantize.embedding.weight]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment][dead] = 0
+        return len(dead)
+
+    def train_step(self, images_BCHW: Tensor) -> dict[str, float]:
+        lr = self.config.lr_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses = self.losses(images_BCHW)
+        self.optimizer.zero_grad()
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        report = {name: value.item() for name, value in losses.items()}
+        quantized_for = self.step - self.config.unquantized_steps
+        # The last fifth is left alone, so that what is learned there is not thrown about.
+        if quantized_for > 0 and quantized_for % self.config.revive_every == 0 and self.step < 0.8 * self.config.steps:
+            report["revived"] = self.revive(images_BCHW)
+        return report
+
+    # Measuring
+
+    @torch.no_grad()
+    def measure(self, preview: Path | None = None) -> dict[str, float]:
+        """PSNR (dB) of reconstructions and share of the codebook in use, on the validation samples."""
+        self.model.eval()
+        numbers = range(len(self.shards) - self.config.validation, len(self.shards))
+        squared, used_K, entropy_K = 0.0, torch.zeros(len(self.usage_K)), None
+        for start in range(0, len(numbers), self.config.batch):
+            batch = [self.shards.read_raw(i) for i in numbers[start : start + self.config.batch]]
+            images = self.read_images(batch)
+            indices = self.model.encode(images)
+            decoded = self.model.decode(indices).clamp(-1, 1)
+            used_K += torch.bincount(indices.flatten(), minlength=len(used_K))
+            squared += F.mse_loss(decoded, images, reduction="none").mean((1, 2, 3)).sum().item()
+            if preview is not None and start == 0:
+                pairs = np.stack([tensor_to_images(images[:16]), tensor_to_images(decoded[:16])])
+                grid = np.concatenate([np.concatenate(list(row), axis=1) for row in pairs], axis=0)
+                Image.fromarray(grid).save(preview)
+        self.model.train()
+        share_K = used_K / used_K.sum()
+        entropy_K = -(share_K * share_K.clamp_min(1e-12).log()).sum().item()
+        return {
+            "psnr": 10 * math.log10(4 / (squared / len(numbers))),
+            "codebook_use": (used_K > 0).float().mean().item(),
+            "perplexity": math.exp(entropy_K),
+        }
+
+
+def train_tokenizer(config: TokenizerTraining, progress: bool = True) -> dict[str, Any]:
+    """Train (or go on training) a tokenizer; writes `config.json`, `model.safetensors` (float16), `metrics.jsonl`.
+
+    Returns the final measurements, which are also in `result.json`.
+    """
+
+    def read_images(samples: Sequence[Any]) -> Tensor:
+        return images_to_tensor([center_crop_resize(open_rgb(s.image), config.image_size) for s in samples])
+
+    trainer = TokenizerTrainer(config, read_images)
+    trainer.resume()
+    order = LaneOrder(0, len(trainer.shards) - config.validation, config.lanes, config.seed)
+    metrics_path = config.out / "metrics.jsonl"
+    with (
+        BatchLoader(trainer.shards, order, config.batch, 0, 1, trainer.step, read_images, workers=1) as loader,
+        open(metrics_path, "a") as metrics,
+        tqdm(total=config.steps, initial=trainer.step, desc="tokenizer", unit="step", disable=not progress) as bar,
+    ):
+        begun = time.perf_counter() - trainer.seconds
+        while trainer.step < config.steps:
+            if trainer.step == config.unquantized_steps:
+                # A loader of its own: the training order must not depend on what the start reads.
+                with BatchLoader(trainer.shards, order, config.batch, 0, 1, 10_000_000, read_images) as extra:
+                    trainer.start_codebook(extra)
+            report = trainer.train_step(next(loader)[1])
+            trainer.seconds = time.perf_counter() - begun
+            bar.update()
+            bar.set_postfix(l1=f"{report['l1']:.4f}", codebook=f"{report['codebook']:.4f}")
+            metrics.write(json.dumps({"step": trainer.step} | report) + "\n")
+            if trainer.step % config.save_every == 0 or trainer.step == config.steps:
+                measured = trainer.measure(config.out / "preview.png")
+                metrics.write(json.dumps({"step": trainer.step} | measured) + "\n")
+                metrics.flush()
+                trainer.save()
+                trainer.model.save(config.out, torch.float16)
+    result = {"steps": trainer.step, "seconds": round(trainer.seconds), **trainer.measure(config.out / "preview.png")}
+    (config.out / "result.json").write_text(json.dumps(result, indent=2))
+    return result

@@ -1,0 +1,114 @@
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.index import RawSample, ShardSet, build_index, load_manifest
+
+RawSet = Callable[..., Path]
+
+
+def test_members_can_be_chosen(raw_set: RawSet, picture: Callable[..., bytes]) -> None:
+    root = raw_set(1, 3, labels=True)
+    build_index(root, progress=False)
+    shards = ShardSet(root)
+    assert shards.members(1) == {"png": picture(number=1), "txt": b"a 1", "cls": b"1"}
+    assert shards.members(1, ["txt", "absent"]) == {"txt": b"a 1"}
+    assert shards.read(1, ["txt"]) == RawSample("000001", b"", "a 1", None)
+
+
+def test_distant_members_are_read_apart(
+    write_tar: Callable[..., Path], picture: Callable[..., bytes]
+) -> None:
+    path = write_tar("raw/0.tar", [("a.png", picture()), ("a.bin", b"\0" * 100_000), ("a.txt", b"x")])
+    build_index(path.parent, progress=False)
+    assert ShardSet(path.parent).read(0) == RawSample("a", picture(), "x")
+
+
+def test_numbers_outside_the_set_are_index_errors(raw_set: RawSet) -> None:
+    root = raw_set(2, 3)
+    build_index(root, progress=False)
+    for i in (-1, 6):
+        with pytest.raises(IndexError):
+            ShardSet(root).key(i)
+
+
+def test_a_set_that_changed_since_indexing_is_refused(raw_set: RawSet) -> None:
+    root = raw_set(2, 3)
+    with pytest.raises(ValueError, match=r"no manifest\.json.*t2i data index"):
+        ShardSet(root)
+    build_index(root, progress=False)
+    whole = (root / "00001.tar").read_bytes()
+    (root / "00001.tar").write_bytes(whole[:-512])
+    with pytest.raises(
+        ValueError, match=rf"00001\.tar.*has {len(whole) - 512} bytes on disk.*t2i data index"
+    ):
+        load_manifest(root)
+    (root / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"00001\.tar.* is gone"):
+        ShardSet(root)
+
+
+def test_a_manifest_of_another_version_is_refused(raw_set: RawSet) -> None:
+    root = raw_set(1, 3)
+    build_index(root, progress=False)
+    text = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(text.replace('"version": 1', '"version": 99'))
+    with pytest.raises(ValueError, match="not version 1"):
+        ShardSet(root)
+    (root / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        ShardSet(root)
+
+
+def test_an_index_that_is_not_the_manifests_is_refused(raw_set: RawSet) -> None:
+    root = raw_set(2, 3)
+    build_index(root, progress=False)
+    (root / "00000.tar.idx.npz").write_bytes((root / "00001.tar.idx.npz").read_bytes())
+    with pytest.raises(ValueError, match=r"index of shard .*00000\.tar does not belong"):
+        ShardSet(root).read(0)
+
+
+def test_read_errors_name_key_shard_and_offset(raw_set: RawSet) -> None:
+    root = raw_set(1, 3)
+    build_index(root, progress=False)
+    shards = ShardSet(root)
+    path = root / "00000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"a 1", b"\xff\xff\xff"))  # same size, so only reading can tell
+    with pytest.raises(
+        ValueError, match=r"'000001' at byte \d+ of shard .*00000\.tar is unreadable: txt is not UTF-8"
+    ):
+        shards.read(1)
+    path.write_bytes(whole[:600])
+    with pytest.raises(
+        ValueError, match=r"'000002' at byte \d+ of shard .*00000\.tar.*the file ends 1027 bytes too early"
+    ):
+        shards.read(2)
+
+
+def test_many_threads_and_few_open_files(raw_set: RawSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.shard_set._OPEN_FILES", 2)
+    root = raw_set(6, 5)
+    build_index(root, progress=False)
+    shards = ShardSet(root)
+    start = threading.Barrier(4)
+
+    def read_all(step: int) -> list[str]:
+        start.wait()
+        return [shards.read(i * step % 30).caption for i in range(30)]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(read_all, (1, 7, 11, 13)))
+    for step, captions in zip((1, 7, 11, 13), results, strict=True):
+        assert captions == [f"a {i * step % 30}" for i in range(30)]
+
+
+def test_the_digest_tells_sets_apart(raw_set: RawSet) -> None:
+    root = raw_set(2, 3)
+    first = build_index(root, progress=False).digest
+    assert load_manifest(root).digest == first
+    (root / "00001.tar").unlink()
+    assert build_index(root, progress=False).digest != first
