@@ -10,7 +10,9 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
+
+_BUFFER: Final = 1 << 20
 
 
 @contextlib.contextmanager
@@ -21,13 +23,15 @@ def replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     same, so a later run overwrites what a killed one left. Otherwise the name carries host and process, and
     two processes that write the same path each leave a whole file, the later one winning.
 
-    Yields a writable and seekable binary file. Raises OSError as the file system does.
+    Yields a binary file to write to. Raises OSError as the file system does.
     """
     owner = "" if exclusive else f".{socket.gethostname()}.{os.getpid()}"
     temporary = path.parent / f".{path.name}.partial{owner}"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "w+b") as stream:
+        # Few large writes: each one gives up the interpreter lock, which costs more than the write when other
+        # threads are decoding.
+        with open(temporary, "wb", buffering=_BUFFER) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -4,6 +4,7 @@ A sample is good when it can be trained on as it is; every other one is set asid
 suffixes: N good samples, M distinct member suffixes.
 """
 
+import functools
 import io
 import json
 import os
@@ -146,13 +147,32 @@ def codes_of(members: dict[str, bytes]) -> np.ndarray:
     """The token codes of an encoded sample, uint16 of the grid's shape. Raises BadSampleError
     (`bad_codes`).
     """
+    data = members[CODES]
     try:
-        codes = np.lib.format.read_array(io.BytesIO(members[CODES]), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        header = data[: 10 + int.from_bytes(data[8:10], "little")]
+        shape, dtype = _npy_header(header)
+        codes = np.frombuffer(data, dtype, offset=len(header)).reshape(shape)
+    except ValueError as error:
         raise BadSampleError("bad_codes", f"{CODES} cannot be read: {error}") from error
     if codes.dtype != np.uint16:
         raise BadSampleError("bad_codes", f"{CODES} is {codes.dtype}, not uint16")
     return codes
+
+
+@functools.lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type in the header of a version 1 npy file.
+
+    Parsing one takes several times as long as reading the codes, and all headers of a set are the same: so
+    they are remembered. Raises ValueError for anything else, Fortran order and Python objects included.
+    """
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("not npy version 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran_order or dtype.hasobject:
+        raise ValueError("Fortran order or objects")
+    return shape, dtype
 
 
 def _check(group: Group, stream: BinaryIO, settings: Settings, encoding: dict[str, Any] | None) -> None:

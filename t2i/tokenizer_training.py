@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_pipeline.images import center_crop_resize, open_rgb
 from data_pipeline.index import RawSample, ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder
-from t2i.vq import VQConfig, VQModel
+from t2i.vq import VQConfig, VQModel, images_to_tensor, tensor_to_images
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,6 @@ class TokenizerTraining:
             return self.lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def images_to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
-    """uint8 pictures [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
-    stacked = np.ascontiguousarray(np.stack(list(images)) if not isinstance(images, np.ndarray) else images)
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def tensor_to_images(images_BCHW: Tensor) -> np.ndarray:
-    """float [B, 3, H, W], about [-1, 1] -> uint8 [B, H, W, 3], clipped."""
-    pixels = ((images_BCHW.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def kmeans(points_ND: Tensor, k: int, generator: torch.Generator, rounds: int = 10) -> Tensor:

@@ -12,14 +12,16 @@ Shape suffixes: B batch, C channels, D code dimension, H W picture height and wi
 K codebook size.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -270,6 +272,18 @@ class VQModel(nn.Module):
         return model.eval()
 
 
+def images_to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    stacked = np.ascontiguousarray(np.stack(list(images)) if not isinstance(images, np.ndarray) else images)
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tensor_to_images(images_BCHW: Tensor) -> np.ndarray:
+    """float [B, 3, H, W], about [-1, 1] -> uint8 [B, H, W, 3], clipped."""
+    pixels = ((images_BCHW.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
 def vq_folder(name_or_folder: str) -> Path:
     """The folder of a tokenizer: "shapes" is the one that the package ships, anything else is a path."""
     if name_or_folder == "shapes":
@@ -280,6 +294,16 @@ def vq_folder(name_or_folder: str) -> Path:
 def load_vq(name_or_folder: str) -> VQModel:
     """A tokenizer by name ("shapes") or folder, in evaluation mode and without gradients."""
     return VQModel.from_folder(vq_folder(name_or_folder)).requires_grad_(False)
+
+
+def vq_sha256(name_or_folder: str) -> str:
+    """Hash of a tokenizer's configuration and weights, which encoded shards record. Raises ValueError where it is not."""
+    folder, digest = vq_folder(name_or_folder), hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"tokenizer {name_or_folder!r}: {folder} has no {name}; train or convert one first")
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def load_official_vq(state_dict: Mapping[str, Tensor]) -> VQModel:

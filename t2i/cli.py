@@ -1,0 +1,246 @@
+"""The `t2i` command: data, tokenizer, encoding, export, sampling, evaluation. `t2i --help` lists what there is.
+
+Training has an entry point of its own, for the launcher: `deepspeed t2i/train.py RECIPE ...`. Handlers import what they
+need when they run, so that help is quick and an installation without the `eval` extra works.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.extras import SubcommandApp
+
+Positional = tyro.conf.Positional
+
+app = SubcommandApp()
+data = SubcommandApp()
+tokenizer = SubcommandApp()
+geneval = SubcommandApp()
+app.command(data, name="data", help="Make, take in and verify raw image-text sets.")
+
+
+@data.command(name="shapes")
+def data_shapes(out: Path, samples: int = 20_000, seed: int = 0, shard_size: int = 1000, workers: int = 2) -> None:
+    """Make the embedded data set: pictures of coloured shapes with captions, as raw webdataset tars.
+
+    Args:
+        out: Folder for the tars.
+        samples: Number of pictures.
+        seed: Another seed gives other pictures.
+        shard_size: Pictures a tar.
+        workers: Processes.
+    """
+    from data_pipeline.shapes import write_shards
+
+    write_shards(out, samples, seed, shard_size, workers)
+    print(f"{samples:,} samples in {out}; next: t2i data index {out}")
+
+
+@data.command(name="index")
+def data_index(folder: Positional[Path], caption_key: str = "caption", min_size: int = 16, workers: int = 2) -> None:
+    """Verify every sample of a folder of tars and index the good ones; prints what was set aside and why.
+
+    Args:
+        folder: Folder of webdataset tars, raw or encoded.
+        caption_key: Field of KEY.json that holds the caption where there is no KEY.txt.
+        min_size: Pictures with a shorter side below this many pixels are set aside.
+        workers: Processes.
+    """
+    from data_pipeline.index import build_index, print_table
+
+    print_table(build_index(folder, caption_key=caption_key, min_size=min_size, workers=workers))
+
+
+@data.command(name="ingest")
+def data_ingest(
+    source: Positional[Path],
+    out: Path,
+    images: Path | None = None,
+    caption_field: str = "caption",
+    image_field: str = "image",
+    label_field: str | None = None,
+    lowercase: bool = False,
+    shard_size: int = 1000,
+) -> None:
+    """Turn a table and a folder of pictures, a folder of picture/.txt pairs, or img2dataset tars into raw tars.
+
+    Args:
+        source: A CSV, TSV, JSON, JSONL or parquet table, or a folder of pairs or of tars.
+        out: Folder for the tars.
+        images: Folder that the table's picture paths are relative to; the table's own when not given.
+        caption_field: The table's field with the caption.
+        image_field: The table's field with the picture's path.
+        label_field: The table's field with a class number, for class-conditional training.
+        lowercase: Lower-case the captions.
+        shard_size: Pictures a tar.
+    """
+    from data_pipeline.ingest import ingest, print_report
+
+    print_report(
+        ingest(
+            source, out, images=images, caption_field=caption_field, image_field=image_field, label_field=label_field,
+            lowercase=lowercase, shard_size=shard_size,
+        )
+    )  # fmt: skip
+    print(f"next: t2i data index {out}")
+
+
+app.command(tokenizer, name="tokenizer", help="Train an image tokenizer.")
+
+
+def _train_tokenizer() -> None:
+    from t2i.tokenizer_training import TokenizerTraining, train_tokenizer
+
+    # tyro reads the options off the dataclass, which is imported only now.
+    def train(config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]) -> None:
+        """Train the VQ image tokenizer on an indexed set; run again, it goes on where it stopped."""
+        result = train_tokenizer(config)
+        print("  ".join(f"{name} {value:.4g}" for name, value in result.items()))
+
+    tokenizer.command(train, name="train")
+
+
+@app.command(name="encode")
+def encode(
+    raw: Positional[Path],
+    out: Path,
+    image_size: int,
+    tokenizer: str = "shapes",
+    text_encoder: str | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> None:
+    """Encode an indexed raw set to shards of token codes, which training reads.
+
+    Args:
+        raw: Folder of raw tars, indexed.
+        out: Folder for the encoded tars.
+        image_size: Pixels a side; pictures are cropped to a square and resized.
+        tokenizer: Folder of a tokenizer, or "shapes" for the one that is shipped.
+        text_encoder: T5 encoder whose states are stored with each sample: a folder or a hub name. Leave it out where
+            the text encoder is trained with the model.
+        batch_size: Pictures at once.
+        device: Where to run; the first GPU or the processor when not given.
+    """
+    from data_pipeline.index import print_table
+    from t2i.encoding import encode
+
+    manifest = encode(
+        raw, out, tokenizer=tokenizer, image_size=image_size, text_encoder=text_encoder, batch_size=batch_size, device=device
+    )  # fmt: skip
+    if manifest is not None:
+        print_table(manifest)
+
+
+@app.command(name="export")
+def export(run: Positional[Path], out: Path, step: int | None = None) -> None:
+    """Merge a training checkpoint and everything that drawing needs into one folder of safetensors and JSON.
+
+    Args:
+        run: Folder of a training run.
+        out: Folder for the export.
+        step: Which checkpoint; the newest when not given.
+    """
+    from t2i.export import export
+
+    pipe = export(run, out, step)
+    print(f"step {pipe.provenance.step} of {pipe.provenance.recipe} exported to {out}")
+
+
+@app.command(name="sample")
+def sample(
+    folder: Positional[Path],
+    prompts: Positional[tuple[str, ...]],
+    out: Path = Path("sample.png"),
+    images: int = 4,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    device: str = "cpu",
+) -> None:
+    """Draw pictures from an export and write them as one PNG grid, a row for each prompt.
+
+    Args:
+        folder: An export.
+        prompts: Captions, or class numbers for a class-conditional model.
+        out: The PNG to write.
+        images: Pictures of each prompt.
+        seed: Of the first picture; the n-th is drawn with seed + n.
+        guidance_scale: Strength of classifier-free guidance; what the export says when not given, as for the next three.
+        temperature: 0 takes the likeliest token.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the likeliest tokens up to this probability mass.
+        device: Where to run.
+    """
+    from t2i.pipeline import TextToImagePipeline, picture_grid
+
+    if not prompts or images < 1:
+        raise ValueError(f"{len(prompts)} prompts and {images} images of each; give at least one of both")
+    pipe = TextToImagePipeline.from_pretrained(folder, device)
+    repeated = [prompt for prompt in prompts for _ in range(images)]
+    if pipe.text_encoder is None:
+        if not all(prompt.isdecimal() for prompt in prompts):
+            raise ValueError(f"{folder} draws classes; give whole numbers, not {prompts[0]!r}")
+        conditions: list[str] | list[int] = [int(prompt) for prompt in repeated]
+    else:
+        conditions = repeated
+    pictures = pipe(
+        conditions, seed, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, progress=True
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture_grid(pictures, columns=images).save(out)
+    print(f"{len(pictures)} pictures in {out}")
+
+
+app.command(geneval, name="geneval", help="Measure an export with GenEval.")
+
+
+@geneval.command(name="run")
+def geneval_run(
+    export: Positional[Path],
+    out: Path | None = None,
+    judge: Literal["shapes"] = "shapes",
+    per_task: int = 100,
+    images_per_prompt: int = 4,
+    batch_size: int = 64,
+    run_dir: Path | None = None,
+) -> None:
+    """Prompts, pictures, scores and report in one go; run again, it goes on where it stopped.
+
+    Args:
+        export: An export.
+        out: Folder for pictures, results and report; EXPORT/geneval when not given.
+        judge: Who looks at the pictures: "shapes" is the exact judge of the embedded data set.
+        per_task: Prompts of each task, at most.
+        images_per_prompt: Pictures of each prompt.
+        batch_size: Pictures drawn at once.
+        run_dir: The training run, whose loss curve goes into the report.
+    """
+    from eval.geneval.run import run_geneval
+
+    run_geneval(
+        export, out or export / "geneval", judge=judge, per_task=per_task, images_per_prompt=images_per_prompt,
+        batch_size=batch_size, run_dir=run_dir,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one line and exit code 2."""
+    if sys.argv[1:2] == ["tokenizer"]:
+        _train_tokenizer()
+    else:
+        tokenizer.command(lambda: None, name="train", help="Train the VQ image tokenizer on an indexed set.")
+    # Started under the DeepSpeed launcher, which puts this before everything else and also sets LOCAL_RANK.
+    args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")]
+    try:
+        app.cli(prog="t2i", args=args, description=__doc__)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

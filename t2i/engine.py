@@ -1,0 +1,209 @@
+"""DeepSpeed and torch.distributed, behind the few calls that the training loop makes.
+
+One of the three modules that know either; the loop, the model and the data know ranks only as numbers.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+GROUP_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Which process this is, of how many, and its device."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def start_runtime() -> Runtime:
+    """Join the process group of the launcher, or make one of a single process where none launched this one."""
+    # DeepSpeed looks for mpi4py when these are missing.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Its shared-memory all-reduce would be compiled at every first start, and leaves files in /dev/shm for good.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Processes with more threads than cores between them wait for each other at every product.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # ZeRO makes groups of its own, which take the default timeout, not the one given to init_distributed.
+    dist.distributed_c10d.default_pg_timeout = GROUP_TIMEOUT
+    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=GROUP_TIMEOUT, verbose=False)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    name = accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu"
+    if name != "cpu":
+        accelerator.set_device(local_rank)
+    return Runtime(rank, ranks, torch.device(name))
+
+
+def stop_runtime() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON, checked for what would fail later or be overruled in silence.
+
+    Raises ValueError with the field and what to write.
+    """
+    try:
+        config: dict[str, Any] = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"DeepSpeed configuration {path} cannot be read ({error.strerror}); see deepspeed_configs/") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from error
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise ValueError(f"{path} has a {name!r} section, which the recipe owns (train.lr and others); remove it")
+    if not isinstance(config.get("train_micro_batch_size_per_gpu"), int):
+        raise ValueError(f"{path} needs 'train_micro_batch_size_per_gpu' as a whole number (samples a rank at once)")
+    if "train_batch_size" in config:
+        raise ValueError(f"{path} has 'train_batch_size', which follows from micro-batch, accumulation and ranks; remove it")
+
+    def autos(value: Any, where: str) -> Iterator[str]:
+        if value == "auto":
+            yield where
+        for key, item in value.items() if isinstance(value, dict) else ():
+            yield from autos(item, f"{where}.{key}".lstrip("."))
+
+    found = list(autos(config, ""))
+    if found:
+        raise ValueError(f"{path} has \"auto\" for {', '.join(found)}, which only other trainers fill in; write numbers")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{path} sets ZeRO stage {stage}; use 1, 2 or 3 (zero_optimization.stage)")
+    if config.get("fp16", {}).get("enabled") and get_accelerator().device_name() == "cpu":
+        raise ValueError(f"{path} enables fp16, which processors do not train in; use bf16 or neither")
+    return config
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step, and what ranks have to agree on."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        make_model: Callable[[], nn.Module],
+        config: dict[str, Any],
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    ) -> None:
+        self.runtime = runtime
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
+        self.accumulation = int(config.get("gradient_accumulation_steps", 1))
+        self.global_batch = self.micro_batch * self.accumulation * runtime.ranks
+        # Under ZeRO-3 no rank ever holds the whole model.
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.stage == 3):
+            model = make_model()
+        self.n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(model),
+            # A client optimizer is ours to answer for; DeepSpeed otherwise asks for this flag.
+            config={"zero_allow_untested_optimizer": True, "steps_per_print": 10**9, **config},
+        )
+        self.dtype = next(self.deepspeed.module.parameters()).dtype
+
+    @property
+    def module(self) -> Any:
+        """The model itself."""
+        return self.deepspeed.module
+
+    def to_device(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor on this rank's device, floating point ones in the model's precision."""
+        if tensor is None:
+            return None
+        dtype = self.dtype if tensor.is_floating_point() else None
+        return tensor.to(self.runtime.device, dtype, non_blocking=True)
+
+    def step(self, micro_batches: Sequence[tuple[Tensor | None, ...]], lr: float) -> float:
+        """One optimizer step over `accumulation` micro-batches; returns their mean loss on this rank (nats)."""
+        assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.runtime.device)
+        self.deepspeed.train()
+        for inputs in micro_batches:
+            loss = self.deepspeed(*(self.to_device(tensor) for tensor in inputs))
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            total += loss.detach().float()
+        return float(total / self.accumulation)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: tuple[Tensor | None, ...]) -> float:
+        """Loss of one batch without dropout; every rank has to call it equally often."""
+        self.deepspeed.eval()
+        loss = float(self.deepspeed(*(self.to_device(tensor) for tensor in inputs)))
+        self.deepspeed.train()
+        return loss
+
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return self.sum_over_ranks([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[Any]:
+        """The model with all of its weights on every rank, for as long as the block lasts."""
+        parameters = list(self.module.parameters()) if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+            yield self.module
+
+
+def broadcast_bytes(runtime: Runtime, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns on the first rank, on every rank. An exception there is raised everywhere."""
+    answer: list[Any] = [None]
+    if runtime.is_first:
+        try:
+            answer = [make()]
+        except ValueError as error:  # the others wait for an answer
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    result: bytes = answer[0]
+    return result

@@ -1,0 +1,82 @@
+"""Where the numbers of a run go: `metrics.jsonl` in its folder, and wandb."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from data_pipeline.atomic import write_bytes
+from t2i.config import Recipe
+
+
+class MetricsLog:
+    """Writes rows of one run, from the step that it resumes at; use as a context manager.
+
+    Rows after that step, left by a run that was cut off, are removed first, so that no step is there twice.
+    """
+
+    def __init__(self, recipe: Recipe, step: int, enabled: bool) -> None:
+        self.recipe, self.step, self.enabled = recipe, step, enabled
+        self._wandb: Any = None
+
+    @property
+    def path(self) -> Path:
+        return self.recipe.run_dir / "metrics.jsonl"
+
+    def __enter__(self) -> Self:
+        if not self.enabled:
+            return self
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                # The last line may have been cut off together with the run.
+                if line.endswith("\n") and json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+        write_bytes(self.path, "".join(kept).encode())
+        self._file = open(self.path, "a")
+        mode = self.recipe.train.wandb
+        if mode != "disabled":
+            self._start_wandb("online" if mode == "auto" and os.environ.get("WANDB_API_KEY") else mode)
+        return self
+
+    def _start_wandb(self, mode: str) -> None:
+        import wandb  # slow to import, and only one rank needs it
+
+        id_path = self.recipe.run_dir / "wandb_id"
+        if not id_path.exists():
+            write_bytes(id_path, wandb.util.generate_id().encode())
+        self._wandb = wandb.init(
+            project=self.recipe.train.wandb_project,
+            name=self.recipe.run_dir.name,
+            id=id_path.read_text(),
+            resume="allow",
+            dir=self.recipe.run_dir,
+            mode="offline" if mode == "auto" else mode,  # type: ignore[arg-type]
+            config={"recipe": self.recipe.name},
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row; it has a "step"."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def image(self, step: int, path: Path | None) -> None:
+        """Log the sample grid at `path`."""
+        if self._wandb is not None and path is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.enabled:
+            self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if kind is None else 1)

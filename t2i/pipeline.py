@@ -1,0 +1,207 @@
+"""Pictures from a finished model: one folder in, PIL images out.
+
+    pipe = TextToImagePipeline.from_pretrained("exports/shapes-tiny")
+    images = pipe(["a photo of a red circle", "a photo of two stars"], seed=0)
+
+Reads what `t2i export` writes; needs torch, transformers and safetensors, and neither DeepSpeed nor the training code.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.atomic import write_bytes
+from t2i.config import ModelConfig, SampleConfig, from_json, to_json
+from t2i.model import NAR
+from t2i.sampling import generate
+from t2i.text_encoder import TextEncoder
+from t2i.vq import VQModel, images_to_tensor, tensor_to_images
+from t2i.wavefronts import wavefront_sizes
+
+FORMAT = 1
+Prompts = str | int | Sequence[str] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an export comes from."""
+
+    recipe: str
+    step: int
+
+
+class TextToImagePipeline:
+    """Text encoder (for text models), NAR model and image tokenizer, ready to draw."""
+
+    def __init__(
+        self,
+        model: NAR,
+        vq: VQModel,
+        text_encoder: TextEncoder | None,
+        sample: SampleConfig,
+        image_size: int,
+        provenance: Provenance,
+    ) -> None:
+        assert (text_encoder is None) == (model.config.condition == "class")
+        self.model, self.vq, self.text_encoder = model.eval(), vq.eval(), text_encoder
+        if text_encoder is not None:
+            text_encoder.eval()
+        self.sample, self.image_size, self.provenance = sample, image_size, provenance
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tokens.weight.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move all models to a device."""
+        for module in (self.model, self.vq, self.text_encoder):
+            if module is not None:
+                module.to(device)
+        return self
+
+    def __call__(
+        self,
+        prompts: Prompts,
+        seed: int | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """Draw one picture per prompt.
+
+        Args:
+            prompts: A caption or several; for a class-conditional model, class numbers.
+            seed: The n-th picture is drawn with seed + n; the same seed and prompt give the same pixels.
+            seeds: One for each prompt instead.
+            guidance_scale, temperature, top_k, top_p: What the export was made with, unless given.
+            progress: Show a bar over wavefronts.
+
+        Raises ValueError for prompts of the wrong kind, class numbers that do not exist, and options out of range.
+        """
+        items: list[str | int] = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        if not items:
+            raise ValueError("no prompts; give at least one")
+        if seeds is None and seed is not None:
+            seeds = [seed + n for n in range(len(items))]
+        condition, mask = self._condition(items)
+        total = len(wavefront_sizes(self.model.config.grid))
+        with tqdm(total=total, desc="decode", unit="wavefront", disable=not progress) as bar:
+            tokens = generate(
+                self.model,
+                condition,
+                mask,
+                guidance_scale=self.sample.guidance_scale if guidance_scale is None else guidance_scale,
+                temperature=self.sample.temperature if temperature is None else temperature,
+                top_k=self.sample.top_k if top_k is None else top_k,
+                top_p=self.sample.top_p if top_p is None else top_p,
+                seeds=seeds,
+                callback=_advance(bar) if progress else None,
+            )
+        return [Image.fromarray(pixels) for pixels in self.decode(tokens)]
+
+    def _condition(self, items: list[str | int]) -> tuple[Tensor, Tensor | None]:
+        if self.text_encoder is None:
+            classes = self.model.config.num_classes
+            wrong = [item for item in items if not isinstance(item, int) or not 0 <= item < classes]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r} is no class of this model; give whole numbers from 0 to {classes - 1}")
+            return torch.tensor(items, device=self.device), None
+        wrong = [item for item in items if not isinstance(item, str)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no caption; this model draws from text")
+        with torch.inference_mode():
+            ids, mask = self.text_encoder.tokenize([str(item) for item in items])
+            states = self.text_encoder(ids.to(self.device), mask.to(self.device))
+        return states.to(self.model.tokens.weight.dtype), mask.to(self.device)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """Pictures of token grids: int64 [B, h, w] -> uint8 [B, H, W, 3]."""
+        return tensor_to_images(self.vq.decode(tokens))
+
+    @torch.inference_mode()
+    def encode_decode(self, images: np.ndarray) -> np.ndarray:
+        """What the tokenizer makes of pictures: uint8 [B, H, W, 3] -> the same."""
+        return self.decode(self.vq.encode(images_to_tensor(images).to(self.device)))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write everything to one folder: JSON, safetensors and the vocabulary; `config.json` last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.vq.save(folder / "tokenizer")
+        if self.text_encoder is not None:
+            self.text_encoder.save_pretrained(folder / "text_encoder")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        temporary = folder / ".model.safetensors.partial"
+        save_file(weights, temporary)
+        temporary.replace(folder / "model.safetensors")
+        description = {
+            "format": FORMAT,
+            "provenance": asdict(self.provenance),
+            "image_size": self.image_size,
+            "sample": json.loads(to_json(self.sample)),
+            "model": json.loads(to_json(self.model.config)),
+        }
+        write_bytes(folder / "config.json", json.dumps(description, indent=2).encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, device: torch.device | str = "cpu") -> Self:
+        """The pipeline of an exported folder. Raises ValueError that names what is missing or does not fit."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is no export: it has no config.json; make one with `t2i export RUN --out {folder}`")
+        description: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        if description.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder} has export format {description.get('format')!r} and this version reads {FORMAT}; export it again"
+            )
+        config = from_json(ModelConfig, json.dumps(description["model"]))
+        model = NAR(config)
+        weights = load_file(folder / "model.safetensors")
+        missing, unexpected = set(model.state_dict()) - set(weights), set(weights) - set(model.state_dict())
+        if missing or unexpected:
+            raise ValueError(
+                f"{folder}/model.safetensors does not fit its config.json: missing {sorted(missing)}, unexpected "
+                f"{sorted(unexpected)}"
+            )
+        model.load_state_dict(weights)
+        pipe = cls(
+            model,
+            VQModel.from_folder(folder / "tokenizer"),
+            TextEncoder.from_pretrained(str(folder / "text_encoder")) if config.condition == "text" else None,
+            from_json(SampleConfig, json.dumps(description["sample"])),
+            description["image_size"],
+            Provenance(**description["provenance"]),
+        )
+        return pipe.to(device)
+
+
+def _advance(bar: Any) -> Callable[[int, Tensor], None]:
+    def advance(wavefront: int, tokens: Tensor) -> None:
+        bar.update()
+
+    return advance
+
+
+def picture_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size side by side in rows, with a gap of two pixels."""
+    columns = columns or max(1, int(np.ceil(np.sqrt(len(images)))))
+    rows = -(-len(images) // columns)
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for n, image in enumerate(images):
+        grid.paste(image, ((n % columns) * (width + 2), (n // columns) * (height + 2)))
+    return grid

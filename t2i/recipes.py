@@ -1,0 +1,131 @@
+"""Named runs. A recipe is a function, and another run is that one with the fields that differ.
+
+    deepspeed t2i/train.py nar-xl-256 --deepspeed_config deepspeed_configs/zero2.json
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from t2i.config import DataConfig, ModelConfig, Recipe, SampleConfig, TrainConfig, from_json
+from t2i.text_encoder import TextEncoderConfig
+
+SHAPES_PROMPTS = (
+    "a photo of a circle",
+    "a photo of a red star",
+    "a photo of three hearts",
+    "a photo of a square left of a hexagon",
+    "a photo of a green cross and a purple diamond",
+    "a photo of a blue triangle and an orange circle",
+    "a photo of a red circle left of a blue star",
+    "a photo of four crosses",
+)
+
+
+def nar_b() -> ModelConfig:
+    """NAR-B: 12 layers, 12 heads, width 768 (131M parameters with 1000 classes)."""
+    return ModelConfig(n_layer=12, n_head=12, width=768)
+
+
+def nar_m() -> ModelConfig:
+    """NAR-M: 18 layers, 16 heads, width 1024 (295M)."""
+    return ModelConfig(n_layer=18, n_head=16, width=1024)
+
+
+def nar_l() -> ModelConfig:
+    """NAR-L: 24 layers, 16 heads, width 1024 (373M)."""
+    return ModelConfig(n_layer=24, n_head=16, width=1024)
+
+
+def nar_xl() -> ModelConfig:
+    """NAR-XL: 36 layers, 20 heads, width 1280 (816M), the headline model."""
+    return ModelConfig(n_layer=36, n_head=20, width=1280)
+
+
+def nar_xxl() -> ModelConfig:
+    """NAR-XXL: 48 layers, 24 heads, width 1536 (1.46B)."""
+    return ModelConfig(n_layer=48, n_head=24, width=1536)
+
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    "B": nar_b, "M": nar_m, "L": nar_l, "XL": nar_xl, "XXL": nar_xxl,
+}  # fmt: skip
+
+
+def nar_xl_256() -> Recipe:
+    """The paper's first stage: 4M image-text pairs at 256x256, 60 epochs of batch 512 (arXiv 2503.10696)."""
+    return Recipe(
+        name="nar-xl-256",
+        model=nar_xl(),
+        tokenizer="tokenizers/vq-16",
+        image_size=256,
+        frozen_text_encoder="google/flan-t5-xl",
+        data=DataConfig(path=Path("data/encoded-256"), validation=2048),
+        train=TrainConfig(steps=468_750, lr=1e-4, warmup_steps=2000, save_every=2000, validate_every=2000),
+        run_dir=Path("runs/nar-xl-256"),
+    )
+
+
+def nar_xl_512() -> Recipe:
+    """The paper's second stage: 2M pairs at 512x512, 40 epochs."""
+    first = nar_xl_256()
+    return replace(
+        first,
+        name="nar-xl-512",
+        model=replace(first.model, grid=(32, 32)),
+        image_size=512,
+        data=replace(first.data, path=Path("data/encoded-512")),
+        train=replace(first.train, steps=156_250),
+        run_dir=Path("runs/nar-xl-512"),
+    )
+
+
+def shapes_tiny() -> Recipe:
+    """The embedded data set in minutes on two cores: an image model and a text encoder, trained together."""
+    return Recipe(
+        name="shapes-tiny",
+        model=ModelConfig(
+            grid=(8, 8), vocab_size=1024, n_layer=6, n_head=4, width=192, condition_dim=128, max_condition=32,
+            dropout=0.0,
+        ),
+        tokenizer="shapes",
+        image_size=64,
+        text_encoder=TextEncoderConfig(vocab_size=256, dim=128, n_layer=2, n_head=4, ffn_dim=256, max_length=32),
+        data=DataConfig(path=Path("data/shapes-encoded"), lanes=16, workers=1, validation=256),
+        train=TrainConfig(
+            steps=1500, lr=2e-3, warmup_steps=100, weight_decay=0.05, log_every=10, validate_every=250, sample_every=250,
+            sample_prompts=SHAPES_PROMPTS, save_every=250,
+        ),
+        sample=SampleConfig(guidance_scale=3.0, temperature=1.0),
+        run_dir=Path("runs/shapes-tiny"),
+    )  # fmt: skip
+
+
+def shapes_small() -> Recipe:
+    """A larger model on the embedded data set, an hour or two on two cores."""
+    tiny = shapes_tiny()
+    return replace(
+        tiny,
+        name="shapes-small",
+        model=replace(tiny.model, n_layer=8, n_head=4, width=256),
+        data=replace(tiny.data, path=Path("data/shapes-large-encoded")),
+        train=replace(tiny.train, steps=6000, lr=1.5e-3),
+        run_dir=Path("runs/shapes-small"),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "nar-xl-256": nar_xl_256,
+    "nar-xl-512": nar_xl_512,
+    "shapes-tiny": shapes_tiny,
+    "shapes-small": shapes_small,
+}
+
+
+def find_recipe(name_or_file: str) -> Recipe:
+    """A recipe by name, or the one that a run wrote to its `recipe.json`. Raises ValueError for neither."""
+    if name_or_file in RECIPES:
+        return RECIPES[name_or_file]()
+    if Path(name_or_file).is_file():
+        return from_json(Recipe, Path(name_or_file).read_bytes())
+    raise ValueError(f"no recipe or file {name_or_file!r}; recipes are {', '.join(RECIPES)}")

@@ -1,0 +1,64 @@
+"""Train a model; started by the DeepSpeed launcher, or alone for a single process.
+
+    deepspeed t2i/train.py nar-xl-256 --deepspeed_config deepspeed_configs/zero2.json [--train.steps 100 ...]
+
+The first argument is a recipe's name or the recipe.json that an earlier run wrote. Every field of the recipe is an
+option (`--help` after a recipe lists them). The same command again goes on from the newest checkpoint. Exit codes:
+0 trained to the end, 85 stopped by SIGTERM or SIGUSR1 with everything saved, 2 a mistake in what was asked for.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Started as a script, Python puts this file's folder first on the path, where modules would shadow libraries.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def main() -> int:
+    """Parse the command line and train; returns the exit code."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--deepspeed_config", type=Path)
+    parser.add_argument("--local_rank", type=int)  # inserted by the launcher, which also sets LOCAL_RANK
+    known, rest = parser.parse_known_args()
+
+    import tyro
+
+    from t2i.config import Recipe
+    from t2i.recipes import RECIPES, find_recipe
+
+    usage = f"usage: deepspeed t2i/train.py RECIPE --deepspeed_config FILE [--FIELD VALUE ...]\nrecipes: {', '.join(RECIPES)}"
+    if known.recipe is None:
+        print(usage, file=sys.stdout if {"-h", "--help"} & set(rest) else sys.stderr)
+        return 0 if {"-h", "--help"} & set(rest) else 2
+    runtime = None
+    try:
+        recipe = tyro.cli(
+            tyro.conf.AvoidSubcommands[Recipe], default=find_recipe(known.recipe), args=rest, description=usage,
+            prog="t2i/train.py RECIPE --deepspeed_config FILE",
+        )  # fmt: skip
+        if known.deepspeed_config is None:
+            raise ValueError("no --deepspeed_config; give one of the files in deepspeed_configs/")
+
+        from t2i.engine import read_deepspeed_config, start_runtime, stop_runtime
+        from t2i.training import EXIT_SAVED, Trainer
+
+        deepspeed_config = read_deepspeed_config(known.deepspeed_config)
+        runtime = start_runtime()
+        outcome = Trainer(recipe, deepspeed_config, runtime).run()
+    except ValueError as error:
+        if runtime is None or runtime.is_first:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+        return 2
+    if runtime.is_first:
+        print(f"{outcome.step} steps done; run folder {recipe.run_dir}")
+    stop_runtime()
+    return EXIT_SAVED if outcome.stopped_by_signal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""The training loop: batches in, checkpoints, metrics and sample grids out.
+
+Everything random is a function of (seed, step): the samples (`data_pipeline.loader.LaneOrder`), dropped conditions and
+dropout. A resumed run therefore needs nothing but the weights, the optimizer and the step.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.atomic import write_bytes
+from data_pipeline.index import ShardSet
+from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
+from t2i import checkpoint
+from t2i.config import Recipe, TrainConfig, to_json
+from t2i.engine import Engine, Runtime, broadcast_bytes
+from t2i.metrics import MetricsLog
+from t2i.objective import TrainingModel, build_model, condition_tensors, parameter_groups
+from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
+from t2i.text_encoder import TextEncoder, text_encoder_sha256, train_sentencepiece
+from t2i.vq import load_vq, vq_sha256
+
+EXIT_SAVED = 85
+"""Exit code after a signal: everything is saved, start the same command again."""
+VOCABULARY_CAPTIONS = 50_000
+"""Captions, from the start of the set, that a trained text encoder's vocabulary is made from."""
+
+MicroBatch = tuple[Tensor, Tensor, Tensor | None]
+"""Tokens [B, *grid], condition, condition mask."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after how many steps, and whether a signal stopped it before the last."""
+
+    step: int
+    stopped_by_signal: bool
+
+
+def lr_at(train: TrainConfig, step: int) -> float:
+    """Learning rate of a step (0-based): linear warm-up, then a cosine to `min_lr` at the last step."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def check_data(recipe: Recipe, shards: ShardSet) -> None:
+    """Raise ValueError unless the shards are what the recipe trains on: kind, grid, codebook, tokenizer, text encoder."""
+    path, encoding = recipe.data.path, shards.manifest.encoding
+    if encoding is None:
+        raise ValueError(f"{path} holds raw pictures; encode it first: t2i encode {path} --out FOLDER")
+    expected: dict[str, Any] = {
+        "grid": list(recipe.model.grid),
+        "codebook_size": recipe.model.vocab_size,
+        "image_size": recipe.image_size,
+        "tokenizer_sha256": vq_sha256(recipe.tokenizer),
+    }
+    if recipe.frozen_text_encoder is not None:
+        expected["text_encoder_sha256"] = text_encoder_sha256(recipe.frozen_text_encoder)
+    for name, value in expected.items():
+        found = encoding.get(name)
+        if (list(found) if name == "grid" and found else found) != value:
+            raise ValueError(
+                f"{path} was encoded with {name} {found} and recipe {recipe.name} needs {value}; encode it for this recipe"
+            )
+    if len(shards) - recipe.data.validation < recipe.data.lanes:
+        raise ValueError(
+            f"{path} has {len(shards)} samples, {recipe.data.validation} of them for validation, too few for "
+            f"{recipe.data.lanes} lanes; set data.lanes or data.validation lower"
+        )
+
+
+def vocabulary_of(recipe: Recipe, shards: ShardSet) -> bytes:
+    """The sentencepiece model of a run: the one in its folder, or a new one from the captions of the set."""
+    assert recipe.text_encoder is not None
+    path = recipe.run_dir / "spiece.model"
+    if not path.exists():
+        count = min(len(shards), VOCABULARY_CAPTIONS)
+        captions = [shards.read_encoded(i, ("txt",)).caption for i in range(count)]
+        train_sentencepiece(captions, recipe.text_encoder.vocab_size, path)
+    return path.read_bytes()
+
+
+class Trainer:
+    """One run on one rank. Make it on every rank, then call `run` on every rank."""
+
+    def __init__(self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime) -> None:
+        self.recipe, self.runtime = recipe, runtime
+        train = recipe.train
+        self.shards = ShardSet(recipe.data.path)
+        check_data(recipe, self.shards)
+        self.order = LaneOrder(0, len(self.shards) - recipe.data.validation, recipe.data.lanes, train.seed)
+        micro_batch = deepspeed_config["train_micro_batch_size_per_gpu"]
+        accumulation = deepspeed_config.get("gradient_accumulation_steps", 1)
+        self.order.check(micro_batch * accumulation * runtime.ranks, runtime.ranks)
+        vocabulary = None
+        if recipe.text_encoder is not None:
+            vocabulary = broadcast_bytes(runtime, lambda: vocabulary_of(recipe, self.shards))
+        torch.manual_seed(train.seed)
+
+        def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+            assert isinstance(model, TrainingModel)
+            groups = parameter_groups(model, train.weight_decay)
+            return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+
+        self.engine = Engine(runtime, lambda: build_model(recipe, vocabulary), deepspeed_config, make_optimizer)
+        self.text_encoder: TextEncoder | None = self.engine.module.text_encoder
+        self.signalled = False
+
+    # Batches
+
+    def _micro_batches(self, samples: Sequence[Any]) -> list[MicroBatch]:
+        size = self.engine.micro_batch
+        return [self._collate(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+    def _collate(self, samples: Sequence[Any]) -> MicroBatch:
+        batch = collate_codes(samples)
+        return batch["codes"], *condition_tensors(batch, self.recipe, self.text_encoder)
+
+    def _unconditional(self, step: int) -> Tensor | None:
+        """Which samples of this rank's part of a batch lose their condition: bool [batch / ranks]."""
+        share = self.recipe.model.condition_dropout
+        if share == 0:
+            return None
+        # Drawn for the global batch, so that it does not depend on the number of ranks.
+        generator = torch.Generator().manual_seed(_mix(self.recipe.train.seed, step, 1))
+        dropped = torch.rand(self.engine.global_batch, generator=generator) < share
+        return dropped.chunk(self.runtime.ranks)[self.runtime.rank]
+
+    # The loop
+
+    def run(self) -> Outcome:
+        """Train to the last step, or until a signal; resumes from the newest whole checkpoint."""
+        recipe, train, first = self.recipe, self.recipe.train, self.runtime.is_first
+        step = checkpoint.resume(self.engine, recipe.run_dir)
+        if first:
+            write_bytes(recipe.run_dir / "recipe.json", to_json(recipe).encode())
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        saved_at = step
+        with (
+            MetricsLog(recipe, step, enabled=first) as log,
+            BatchLoader(
+                self.shards, self.order, self.engine.global_batch, self.runtime.rank, self.runtime.ranks, step,
+                self._micro_batches, workers=recipe.data.workers,
+            ) as loader,
+            tqdm(total=train.steps, initial=step, desc=recipe.name, unit="step", disable=not first) as bar,
+        ):  # fmt: skip
+            window = _Window(loader)
+            while step < train.steps:
+                batch_step, micro_batches = next(loader)
+                assert batch_step == step, (batch_step, step)
+                # Dropout differs from rank to rank and from step to step, and not from run to run.
+                torch.manual_seed(_mix(train.seed, step, 2 + self.runtime.rank))
+                unconditional = self._unconditional(step)
+                parts: Sequence[Tensor | None] = (
+                    [None] * len(micro_batches) if unconditional is None else unconditional.split(self.engine.micro_batch)
+                )
+                inputs = [(*batch, part) for batch, part in zip(micro_batches, parts, strict=True)]
+                window.losses.append(self.engine.step(inputs, lr_at(train, step)))
+                step += 1
+                bar.update()
+                if step % train.log_every == 0 or step == train.steps:
+                    row = self._report(window, step)
+                    log.write(row)
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", samples_per_s=f"{row['samples_per_s']:.0f}")
+                    window = _Window(loader)
+                if step % train.validate_every == 0 or step == train.steps:
+                    log.write({"step": step, "val_loss": self.validation_loss()})
+                    window.skip_time()
+                if train.sample_every and (step % train.sample_every == 0 or step == train.steps):
+                    log.image(step, self.sample_grid(step))
+                    window.skip_time()
+                stop = self.engine.any_rank(self.signalled)
+                if stop or step % train.save_every == 0 or step == train.steps:
+                    checkpoint.save(self.engine, recipe.run_dir, step, train.keep_last)
+                    saved_at = step
+                    window.skip_time()
+                if stop:
+                    break
+        assert saved_at == step, (saved_at, step)
+        return Outcome(step, step < train.steps)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def _report(self, window: "_Window", step: int) -> dict[str, float]:
+        seconds, waited, losses = window.seconds(), window.waited(), window.losses
+        total, count = self.engine.sum_over_ranks([sum(losses), len(losses)])
+        samples_per_s = len(losses) * self.engine.global_batch / seconds
+        return {
+            "step": step,
+            "loss": total / count,
+            "grad_norm": self.engine.gradient_norm(),
+            "lr": lr_at(self.recipe.train, step - 1),
+            "samples_per_s": samples_per_s,
+            "tokens_per_s": samples_per_s * math.prod(self.recipe.model.grid),
+            "data_wait_share": waited / seconds,
+            "epoch": self.order.epochs(step, self.engine.global_batch),
+            "seconds_left": (self.recipe.train.steps - step) * seconds / len(losses),
+        }
+
+    # Looking at the model
+
+    def validation_loss(self) -> float:
+        """Mean loss (nats per token) over the samples kept for validation, without dropout or dropped conditions."""
+        count, size = self.recipe.data.validation, self.engine.micro_batch
+        if count == 0:
+            return float("nan")
+        mine = list(range(len(self.shards) - count + self.runtime.rank, len(self.shards), self.runtime.ranks))
+        rounds = -(-(-(-count // self.runtime.ranks)) // size)
+        total = 0.0
+        for start in range(0, rounds * size, size):
+            # Every rank makes the same number of calls; one that has run out repeats a sample, with weight 0.
+            numbers = mine[start : start + size]
+            loss = self.engine.evaluate(
+                (*self._collate([self.shards.read_encoded(i) for i in numbers or [len(self.shards) - 1]]), None)
+            )
+            total += loss * len(numbers)
+        return self.engine.sum_over_ranks([total])[0] / count
+
+    def sample_grid(self, step: int) -> Path | None:
+        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere."""
+        recipe, path = self.recipe, None
+        with self.engine.whole_weights() as module:
+            if self.runtime.is_first:
+                prompts: list[Any] = list(recipe.train.sample_prompts) or self._own_captions()
+                was_training = module.training
+                pipe = self.pipeline(module, step)
+                images = pipe(prompts, seed=recipe.train.seed)
+                module.train(was_training)
+                path = recipe.run_dir / "samples" / f"step-{step:08d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture_grid(images).save(path)
+        self.engine.barrier()
+        return path
+
+    def _own_captions(self) -> list[Any]:
+        """Eight conditions from the end of the set, which is kept for validation."""
+        samples = [self.shards.read_encoded(i) for i in range(max(0, len(self.shards) - 8), len(self.shards))]
+        return [s.label if self.recipe.model.condition == "class" else s.caption for s in samples]
+
+    def pipeline(self, module: TrainingModel, step: int) -> TextToImagePipeline:
+        """The model in training as a pipeline, sharing its weights."""
+        text_encoder = module.text_encoder
+        if text_encoder is None and self.recipe.frozen_text_encoder is not None:
+            text_encoder = TextEncoder.from_pretrained(self.recipe.frozen_text_encoder).to(self.runtime.device)
+        vq = load_vq(self.recipe.tokenizer).to(self.runtime.device)
+        return TextToImagePipeline(
+            module.nar, vq, text_encoder, self.recipe.sample, self.recipe.image_size, Provenance(self.recipe.name, step)
+        )
+
+
+class _Window:
+    """What has happened since the last report."""
+
+    def __init__(self, loader: BatchLoader[Any]) -> None:
+        self._loader, self._begun, self._waited = loader, time.perf_counter(), loader.wait_seconds
+        self.losses: list[float] = []
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def waited(self) -> float:
+        return self._loader.wait_seconds - self._waited
+
+    def skip_time(self) -> None:
+        """Leave the time since the window began out of its rates; called right after a report."""
+        if not self.losses:
+            self._begun = time.perf_counter()
+
+
+def _mix(*numbers: int) -> int:
+    """A seed from several numbers, far apart for neighbouring ones."""
+    value = 0
+    for number in numbers:
+        value = (value * 6364136223846793005 + number + 1442695040888963407) % 2**63
+        value ^= value >> 29
+    return value
