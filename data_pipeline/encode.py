@@ -79,9 +79,7 @@ def encode_set(
     finished = {s.name for s in raw.manifest.shards if s.samples == 0 or _is_finished(raw, s, out, encoding)}
     mine = [shard for number, shard in enumerate(raw.manifest.shards) if number % ranks == rank]
     done = sum(shard.samples for shard in mine if shard.name in finished)
-    bar = tqdm(
-        total=sum(s.samples for s in mine), initial=done, desc="encode", unit="sample", disable=not progress
-    )
+    bar = tqdm(total=sum(s.samples for s in mine), initial=done, desc="encode", unit="sample", disable=not progress)
     with bar, ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         for shard in mine:
             if shard.name in finished:
@@ -112,9 +110,7 @@ def _checked(encoding: Mapping[str, Any], image_size: int, has_text: bool) -> di
             f"the encoding says {encoding['image_size']} pixels, image_size is {image_size}: make them equal"
         )
     if not 1 <= encoding["codebook_size"] <= 65536:
-        raise ValueError(
-            f"codebook of {encoding['codebook_size']} does not fit 16-bit codes: use at most 65536"
-        )
+        raise ValueError(f"codebook of {encoding['codebook_size']} does not fit 16-bit codes: use at most 65536")
     if (encoding["text_encoder_sha256"] is not None) != has_text:
         raise ValueError("text_encoder_sha256 goes with a text encoder: give both or neither")
     plain: dict[str, Any] = json.loads(json.dumps(dict(encoding)))
@@ -145,9 +141,7 @@ def _is_finished(raw: ShardSet, shard: ShardInfo, out: Path, encoding: dict[str,
     if recorded != encoding:
         names = [name for name in {**recorded, **encoding} if recorded.get(name) != encoding.get(name)]
         differences = ", ".join(f"{n} {recorded.get(n)!r} there, {encoding.get(n)!r} now" for n in names)
-        raise ValueError(
-            f"{path} was encoded differently ({differences}): choose another out folder or remove {out}"
-        )
+        raise ValueError(f"{path} was encoded differently ({differences}): choose another out folder or remove {out}")
     # A shard that was damaged since, or whose raw shard was made or indexed anew, is encoded again; writing
     # replaces the old one.
     whole = index.read == len(index.key_ends_N) == shard.samples
@@ -185,9 +179,7 @@ def _batches(
     upcoming = iter(numbers)
 
     def fill() -> None:
-        while (
-            len(waiting) < (1 + _BATCHES_AHEAD) * batch_size and (number := next(upcoming, None)) is not None
-        ):
+        while len(waiting) < (1 + _BATCHES_AHEAD) * batch_size and (number := next(upcoming, None)) is not None:
             waiting.append(pool.submit(_decode, raw, number, image_size))
 
     fill()

@@ -56,9 +56,7 @@ def center_crop_resize(image: Image.Image, size: int) -> np.ndarray:
         return np.array(image)
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    square = image.crop(
-        (left, top, left + side, top + side)
-    )  # resize's own `box` lets pixels outside bleed in
+    square = image.crop((left, top, left + side, top + side))  # resize's own `box` lets pixels outside bleed in
     return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
 
 

@@ -77,8 +77,7 @@ def build_index(
     repeated = _mark_duplicates(root, ordered)
     rejected = [entry for index in ordered for entry in (*index.rejected, *repeated.get(index.name, []))]
     shards = tuple(
-        ShardInfo(i.name, len(i.key_ends_N) - len(repeated.get(i.name, [])), i.read, i.bytes, i.sha256)
-        for i in ordered
+        ShardInfo(i.name, len(i.key_ends_N) - len(repeated.get(i.name, [])), i.read, i.bytes, i.sha256) for i in ordered
     )
     manifest = Manifest(
         kind="raw" if encoding is None else "encoded",
@@ -140,13 +139,9 @@ def _one_encoding(root: Path, indexes: list[ShardIndex]) -> dict[str, Any] | Non
     first = indexes[0]
     for other in indexes:
         if (first.encoding is None) != (other.encoding is None):
-            raise ValueError(
-                f"{root} mixes raw and encoded shards ({first.name}, {other.name}): keep them apart"
-            )
+            raise ValueError(f"{root} mixes raw and encoded shards ({first.name}, {other.name}): keep them apart")
         if first.encoding != other.encoding:
-            raise ValueError(
-                f"{first.name} and {other.name} of {root} were encoded differently: keep them apart"
-            )
+            raise ValueError(f"{first.name} and {other.name} of {root} were encoded differently: keep them apart")
     return first.encoding
 
 

@@ -124,9 +124,7 @@ def ingest(
         raise ValueError(f"{out} is where the source lies: choose another out folder")
     if tars := _source_tars(source, out):
         if lowercase:
-            raise ValueError(
-                f"captions inside the tars of {source} are taken as they are: leave lowercase out"
-            )
+            raise ValueError(f"captions inside the tars of {source} are taken as they are: leave lowercase out")
         return _take_tars(source, out, tars)
     if not source.is_dir():
         raise ValueError(f"{source} is no table: give one of {', '.join(TABLE_SUFFIXES)}, or a folder")
@@ -134,9 +132,7 @@ def ingest(
     if not any(name.lower().endswith(".txt") for name in folder.others):
         tables = [name for name in sorted(folder.others) if Path(name).suffix.lower() in TABLE_SUFFIXES]
         hint = f"give {source / tables[0]} as the source" if tables else "give a table as the source"
-        raise ValueError(
-            f"{source} has {len(folder.pictures)} pictures, no .txt captions and no tars: {hint}"
-        )
+        raise ValueError(f"{source} has {len(folder.pictures)} pictures, no .txt captions and no tars: {hint}")
     return _write(_from_pairs(folder), folder, out, "pairs", source, lowercase, shard_size, progress)
 
 
@@ -150,9 +146,7 @@ def print_report(report: IngestReport, console: Console | None = None) -> None:
             f"{kept:,} there already; {report.ignored:,} other files ignored. Indexing counts their samples."
         )
         return
-    table = Table(
-        title=f"{report.shards:,} tars, {report.written:,} of them written now", title_justify="left"
-    )
+    table = Table(title=f"{report.shards:,} tars, {report.written:,} of them written now", title_justify="left")
     table.add_column("samples")
     table.add_column("count", justify="right")
     table.add_column("meaning")
@@ -279,9 +273,7 @@ def _write(
     _save_report(out, report)
     if not samples:
         reasons = ", ".join(f"{cause} {count}" for cause, count in quarantined.items())
-        raise ValueError(
-            f"none of {read} rows of {source} became a sample ({reasons}): see {out / QUARANTINE}"
-        )
+        raise ValueError(f"none of {read} rows of {source} became a sample ({reasons}): see {out / QUARANTINE}")
     return report
 
 
@@ -292,9 +284,7 @@ def _own_tars(out: Path) -> dict[str, str]:
         try:
             own[name] = read_pax(out / name)[CONTENT_RECORD]
         except (tarfile.ReadError, KeyError) as error:
-            raise ValueError(
-                f"{out / name} was not made by this command: choose another out folder"
-            ) from error
+            raise ValueError(f"{out / name} was not made by this command: choose another out folder") from error
     return own
 
 

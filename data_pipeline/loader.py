@@ -60,9 +60,7 @@ class LaneOrder:
         """
         if batch < 1 or batch % self.lanes:
             nearest = max(1, (batch + self.lanes // 2) // self.lanes) * self.lanes
-            raise ValueError(
-                f"global batch {batch} is not divisible by {self.lanes} lanes; nearest: {nearest}"
-            )
+            raise ValueError(f"global batch {batch} is not divisible by {self.lanes} lanes; nearest: {nearest}")
         if ranks < 1 or self.lanes % ranks:
             counts = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
             raise ValueError(
@@ -204,8 +202,7 @@ class BatchLoader(Generic[Collated]):
         order.check(batch, ranks)
         if order.last > len(shard_set):
             raise ValueError(
-                f"the order runs to sample {order.last} but {shard_set.root} has {len(shard_set)}: "
-                "end the range there"
+                f"the order runs to sample {order.last} but {shard_set.root} has {len(shard_set)}: end the range there"
             )
         assert prefetch >= 1 <= workers, (prefetch, workers)
         self._shard_set, self._order, self._batch = shard_set, order, batch

@@ -105,8 +105,7 @@ def load_manifest(root: Path) -> Manifest:
             raise ValueError(f"shard {shard.name} of {root} is gone since it was indexed: {again}") from error
         if size != shard.bytes:
             raise ValueError(
-                f"shard {shard.name} of {root} has {size} bytes on disk, "
-                f"{shard.bytes} in the manifest: {again}"
+                f"shard {shard.name} of {root} has {size} bytes on disk, {shard.bytes} in the manifest: {again}"
             )
     return manifest
 
@@ -144,10 +143,6 @@ def print_table(manifest: Manifest, console: Console | None = None) -> None:
     row("read", manifest.read, f"all of the above; those set aside are listed in {QUARANTINE}", "bold")
     console.print(table)
     if manifest.ignored:
-        console.print(
-            f"{manifest.ignored:,} tar members belong to no sample (folders, links, names without a key)."
-        )
+        console.print(f"{manifest.ignored:,} tar members belong to no sample (folders, links, names without a key).")
     if manifest.reused:
-        console.print(
-            f"{manifest.reused} of {len(manifest.shards)} shards unchanged since last time, not read again."
-        )
+        console.print(f"{manifest.reused} of {len(manifest.shards)} shards unchanged since last time, not read again.")

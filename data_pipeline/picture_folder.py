@@ -70,11 +70,7 @@ class PictureFolder:
         relative = os.path.relpath(name, self.root) if os.path.isabs(name) else os.path.normpath(name)
         if relative == ".." or relative.startswith("../"):
             raise UnusableError("outside_folder", f"{name!r} is not under {self.root}")
-        found = (
-            relative
-            if relative in self.pictures
-            else self._composed.get(unicodedata.normalize("NFC", relative))
-        )
+        found = relative if relative in self.pictures else self._composed.get(unicodedata.normalize("NFC", relative))
         if found is None:
             if relative in self.others or (_suffix(relative) and not _is_picture(relative)):
                 raise UnusableError("unsupported_image", f"{name!r} is of no supported kind")

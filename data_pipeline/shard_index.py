@@ -139,9 +139,7 @@ def load_shard_index(tar: Path) -> ShardIndex | None:
                 **{name: header[name] for name in ("name", "bytes", "mtime_ns", "sha256", "read", "ignored")},
                 settings=Settings(**header["settings"]),
                 encoding=header["encoding"],
-                rejected=[
-                    Rejected(key, header["name"], cause, detail) for key, cause, detail in header["rejected"]
-                ],
+                rejected=[Rejected(key, header["name"], cause, detail) for key, cause, detail in header["rejected"]],
                 suffixes=header["suffixes"],
                 keys_K=arrays["keys"],
                 key_ends_N=arrays["key_ends"],

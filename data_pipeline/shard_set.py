@@ -128,9 +128,7 @@ class ShardSet:
     def read_raw(self, i: int, suffixes: Collection[str] | None = None) -> RawSample:
         """Sample `i` of a raw set; see `read`."""
         assert self.manifest.kind == "raw", f"{self.root} holds encoded samples"
-        members = self.members(
-            i, suffixes if suffixes is not None else (*IMAGE_SUFFIXES, "txt", "json", "cls")
-        )
+        members = self.members(i, suffixes if suffixes is not None else (*IMAGE_SUFFIXES, "txt", "json", "cls"))
         image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
         return RawSample(self.key(i), image, *self._texts(i, members))
 

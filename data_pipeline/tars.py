@@ -127,9 +127,7 @@ def scan_tar(path: Path) -> TarScan:
                 group = latest[key] = Group(key)
                 groups.append(group)
             group.members[suffix] = (member.offset_data, member.size)
-        return TarScan(
-            groups, ignored, dict(tar.pax_headers), _end_damage(stream, tar.offset, size, error_text)
-        )
+        return TarScan(groups, ignored, dict(tar.pax_headers), _end_damage(stream, tar.offset, size, error_text))
 
 
 def _repeats(group: Group, suffix: str) -> bool:
@@ -149,9 +147,7 @@ def _end_damage(stream: BinaryIO, offset: int, size: int, error_text: str) -> Da
     if any(block):
         if error_text in _CUT_HEADERS:
             return Damage(TRUNCATED, f"cut at byte {size} inside an extended header at byte {offset}")
-        return Damage(
-            CORRUPT, f"bad header at byte {offset} of {size}{': ' if error_text else ''}{error_text}"
-        )
+        return Damage(CORRUPT, f"bad header at byte {offset} of {size}{': ' if error_text else ''}{error_text}")
     if not _only_zeros(stream, offset):
         return Damage(CORRUPT, f"more data after the end-of-archive mark at byte {offset} of {size}")
     return None

@@ -118,9 +118,7 @@ def caption_of(members: dict[str, bytes], caption_key: str) -> str:
             absent = f"no field {caption_key!r} in json, which has {', '.join(sorted(record)) or 'none'}"
             raise BadSampleError("missing_caption", null if caption_key in record else absent)
         if not isinstance(caption, str):
-            raise BadSampleError(
-                "bad_caption", f"field {caption_key!r} of json is a {type(caption).__name__}"
-            )
+            raise BadSampleError("bad_caption", f"field {caption_key!r} of json is a {type(caption).__name__}")
     else:
         raise BadSampleError("missing_caption", f"no caption among its members {', '.join(sorted(members))}")
     text = str(caption).strip()
@@ -186,9 +184,7 @@ def _check(group: Group, stream: BinaryIO, settings: Settings, encoding: dict[st
     else:
         suffix = next((s for s in IMAGE_SUFFIXES if s in group.members), None)
         if suffix is None:
-            detail = (
-                f"its members are {', '.join(sorted(group.members))} (a key ends at the first dot of a name)"
-            )
+            detail = f"its members are {', '.join(sorted(group.members))} (a key ends at the first dot of a name)"
             raise BadSampleError("missing_image", detail)
         caption_of(texts, settings.caption_key)
         label_of(texts)
@@ -209,17 +205,13 @@ def _check_encoded(members: dict[str, bytes], encoding: dict[str, Any]) -> None:
         raise BadSampleError("bad_codes", f"no {CODES} among its members {', '.join(sorted(members))}")
     codes = codes_of(members)
     if list(codes.shape) != list(encoding["grid"]):
-        raise BadSampleError(
-            "bad_codes", f"grid {list(codes.shape)}, the encoding says {list(encoding['grid'])}"
-        )
+        raise BadSampleError("bad_codes", f"grid {list(codes.shape)}, the encoding says {list(encoding['grid'])}")
     if codes.max(initial=0) >= encoding["codebook_size"]:
         raise BadSampleError("bad_codes", f"code {codes.max()} in a codebook of {encoding['codebook_size']}")
     caption_of(members, "caption")
     label_of(members)
     if (STATES in members) != (encoding["text_encoder_sha256"] is not None):
-        raise BadSampleError(
-            "bad_states", f"{STATES} {'without' if STATES in members else 'missing for'} an encoder"
-        )
+        raise BadSampleError("bad_states", f"{STATES} {'without' if STATES in members else 'missing for'} an encoder")
     if STATES in members:
         _check_states(members[STATES])
 
@@ -235,9 +227,7 @@ def _check_states(data: bytes) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise BadSampleError("bad_states", f"{STATES} cannot be read: {error}") from error
     if not whole:
-        raise BadSampleError(
-            "bad_states", f"{STATES} is {entry['dtype']} {entry['shape']} in {len(data)} bytes"
-        )
+        raise BadSampleError("bad_states", f"{STATES} is {entry['dtype']} {entry['shape']} in {len(data)} bytes")
 
 
 def _damage(scan: TarScan, name: str, good: int, rejected: list[Rejected]) -> list[Rejected]:

@@ -14,6 +14,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
+from data_pipeline.atomic import write_bytes
+
 CLEANING_VERSION = 1  # part of the hash of a text encoder: raise it whenever `clean_caption` gives other text
 
 _QUOTES = str.maketrans(
@@ -24,9 +26,7 @@ _QUOTES = str.maketrans(
 _ESCAPED_AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#[xX]0*26);)+")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _PLACEHOLDER = re.compile(r"<(person)>", re.IGNORECASE)  # how CC12M writes names it removed
-_MARKUP = re.compile(
-    r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>|</?[A-Za-z][^<>]*>", re.IGNORECASE | re.DOTALL
-)
+_MARKUP = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>|</?[A-Za-z][^<>]*>", re.IGNORECASE | re.DOTALL)
 _ADDRESS = re.compile(
     r"""(?:\bhttps?://|\bftp://|\bwww\.)[^\s<>"]*[^\s<>"'.,;:!?)\]}]  # with a scheme or www.
     | (?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]*\w  # e-mail
@@ -118,7 +118,7 @@ def train_sentencepiece(
             raise ValueError(_explain_training_error(str(error), vocab_size, len(counts))) from error
     proto: Any = _ModelProto.FromString(model.getvalue())
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a temporary path, other each time
-    Path(out_file).write_bytes(proto.SerializeToString(deterministic=True))
+    write_bytes(Path(out_file), proto.SerializeToString(deterministic=True))
 
 
 def _write_seeds(counts: list[tuple[str, int]], out_file: Path) -> None:

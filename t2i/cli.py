@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
-Positional = tyro.conf.Positional
+from t2i.tokenizer_config import TokenizerTraining
 
 app = SubcommandApp()
 data = SubcommandApp()
@@ -89,16 +90,13 @@ def data_ingest(
 app.command(tokenizer, name="tokenizer", help="Train an image tokenizer.")
 
 
-def _train_tokenizer() -> None:
-    from t2i.tokenizer_training import TokenizerTraining, train_tokenizer
+@tokenizer.command(name="train")
+def tokenizer_train(config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]) -> None:
+    """Train the VQ image tokenizer on an indexed set; run again, it goes on where it stopped."""
+    from t2i.tokenizer_training import train_tokenizer
 
-    # tyro reads the options off the dataclass, which is imported only now.
-    def train(config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]) -> None:
-        """Train the VQ image tokenizer on an indexed set; run again, it goes on where it stopped."""
-        result = train_tokenizer(config)
-        print("  ".join(f"{name} {value:.4g}" for name, value in result.items()))
-
-    tokenizer.command(train, name="train")
+    result = train_tokenizer(config)
+    print("  ".join(f"{name} {value:.4g}" for name, value in result.items()))
 
 
 @app.command(name="encode")
@@ -188,7 +186,13 @@ def sample(
     else:
         conditions = repeated
     pictures = pipe(
-        conditions, seed, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, progress=True
+        conditions,
+        seed,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        progress=True,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(pictures, columns=images).save(out)
@@ -229,10 +233,6 @@ def geneval_run(
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line and exit code 2."""
-    if sys.argv[1:2] == ["tokenizer"]:
-        _train_tokenizer()
-    else:
-        tokenizer.command(lambda: None, name="train", help="Train the VQ image tokenizer on an indexed set.")
     # Started under the DeepSpeed launcher, which puts this before everything else and also sets LOCAL_RANK.
     args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")]
     try:

@@ -201,9 +201,14 @@ class Recipe:
     run_dir: Path = Path("runs/run")
 
     def __post_init__(self) -> None:
+        encoders = (self.text_encoder is not None) + (self.frozen_text_encoder is not None)
+        if self.model.condition == "class" and encoders:
+            raise ValueError(f"recipe {self.name}: a class-conditional model takes no text encoder")
+        if self.model.condition == "text" and encoders != 1:
+            raise ValueError(
+                f"recipe {self.name}: a text model needs one of text_encoder and frozen_text_encoder, and {encoders} are set"
+            )
         if self.text_encoder is not None:
-            if self.model.condition != "text":
-                raise ValueError(f"recipe {self.name}: a class-conditional model takes no text encoder")
             if self.text_encoder.dim != self.model.condition_dim:
                 raise ValueError(
                     f"recipe {self.name}: text encoder has {self.text_encoder.dim} channels and the model takes "

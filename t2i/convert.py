@@ -40,19 +40,28 @@ def load_official_nar(
             "these are the weights of a raster autoregressive model (LlamaGen): they have one head, `output`, and a NAR "
             "model needs one per axis"
         )
-    for key in ("tok_embeddings.weight", "layers.0.attention.wqkv.weight"):
+    if len(grid) not in _HEADS:
+        raise ValueError(f"grid {tuple(grid)} fits no published model; give two axes for images or three for video")
+    text = any(key.startswith("cls_embedding.cap_proj.") for key in weights)
+    condition_key = "cls_embedding.uncond_embedding" if text else "cls_embedding.embedding_table.weight"
+    for key in ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", condition_key):
         if key not in weights:
-            raise ValueError(f"not the weights of a NAR model: no {key}; the first keys are {', '.join(list(weights)[:5])}")
+            raise ValueError(
+                f"not the weights of a NAR model: no {key}; the first keys are {', '.join(list(weights)[:5])}"
+            )
     vocab_size, width = weights["tok_embeddings.weight"].shape
     n_blocks = 1 + max(int(m[1]) for key in weights if (m := re.match(r"layers\.(\d+)\.", key)))
-    text = "cls_embedding.cap_proj.fc1.weight" in weights
     axes = len(grid)
     condition: dict[str, int] = {}
     if text:
-        uncond = weights["cls_embedding.uncond_embedding"]
-        condition = {"condition_dim": uncond.shape[1], "max_condition": uncond.shape[0], "uncond_tokens": uncond.shape[0]}
+        uncond = weights[condition_key]
+        condition = {
+            "condition_dim": uncond.shape[1],
+            "max_condition": uncond.shape[0],
+            "uncond_tokens": uncond.shape[0],
+        }
     else:
-        condition = {"num_classes": weights["cls_embedding.embedding_table.weight"].shape[0] - 1}
+        condition = {"num_classes": weights[condition_key].shape[0] - 1}
     config = ModelConfig(
         grid=tuple(grid), vocab_size=vocab_size, n_layer=n_blocks - (axes - 1), n_head=n_head, n_kv_head=n_kv_head,
         width=width, condition="text" if text else "class", **condition,
@@ -64,6 +73,11 @@ def load_official_nar(
     renamed, unexpected = _renamed(weights, axes)
     own = model.state_dict()
     problems = [f"unexpected {key}" for key in unexpected]
+    outputs = [f"{output}.weight" for _, output in _HEADS[axes]]
+    misshapen = [key for key in outputs if key in weights and tuple(weights[key].shape) != (vocab_size, width)]
+    problems += [f"{key} is {tuple(weights[key].shape)}, expected {(vocab_size, width)}" for key in misshapen]
+    if not misshapen and all(key in weights for key in outputs):
+        renamed["heads.weight"] = torch.stack([weights[key] for key in outputs])
     problems += [f"missing what becomes {key}" for key in own if key not in renamed]
     problems += [
         f"{key} is {tuple(tensor.shape)}, expected {tuple(own[key].shape)}"
@@ -77,7 +91,7 @@ def load_official_nar(
 
 
 def _renamed(weights: dict[str, Tensor], axes: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under this package's names, and the keys that have none."""
+    """Weights under this package's names, all but the heads' outputs, and the keys that have none."""
     names = {
         "tok_embeddings.weight": "tokens.weight",
         "cls_embedding.embedding_table.weight": "prefix.embedding.weight",
@@ -99,6 +113,4 @@ def _renamed(weights: dict[str, Tensor], axes: int) -> tuple[dict[str, Tensor], 
             renamed["positions"] = tensor[0]
         elif key not in outputs:
             unexpected.append(key)
-    if all(key in weights for key in outputs):
-        renamed["heads.weight"] = torch.stack([weights[key] for key in outputs])
     return renamed, unexpected

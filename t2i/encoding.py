@@ -1,7 +1,7 @@
 """Raw tars to encoded shards with this package's models: what `t2i encode` runs.
 
-    t2i encode data/shapes --out data/shapes-encoded --tokenizer shapes --image-size 64
-    deepspeed --module t2i.cli encode ...        # the same on every GPU of a cluster, shards shared out by rank
+t2i encode data/shapes --out data/shapes-encoded --tokenizer shapes --image-size 64
+deepspeed --module t2i.cli encode ...        # the same on every GPU of a cluster, shards shared out by rank
 """
 
 import os
@@ -41,7 +41,9 @@ def encode(
     vq = load_vq(tokenizer).to(device)
     stride = vq.config.stride
     if image_size % stride:
-        raise ValueError(f"pictures of {image_size} pixels do not divide into tokens of {stride}; use a multiple of {stride}")
+        raise ValueError(
+            f"pictures of {image_size} pixels do not divide into tokens of {stride}; use a multiple of {stride}"
+        )
     texts = TextEncoder.from_pretrained(text_encoder).to(device) if text_encoder else None
 
     @torch.inference_mode()

@@ -78,7 +78,9 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"DeepSpeed configuration {path} cannot be read ({error.strerror}); see deepspeed_configs/") from error
+        raise ValueError(
+            f"DeepSpeed configuration {path} cannot be read ({error.strerror}); see deepspeed_configs/"
+        ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from error
     for name in ("optimizer", "scheduler"):
@@ -87,7 +89,9 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("train_micro_batch_size_per_gpu"), int):
         raise ValueError(f"{path} needs 'train_micro_batch_size_per_gpu' as a whole number (samples a rank at once)")
     if "train_batch_size" in config:
-        raise ValueError(f"{path} has 'train_batch_size', which follows from micro-batch, accumulation and ranks; remove it")
+        raise ValueError(
+            f"{path} has 'train_batch_size', which follows from micro-batch, accumulation and ranks; remove it"
+        )
 
     def autos(value: Any, where: str) -> Iterator[str]:
         if value == "auto":
@@ -97,7 +101,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
 
     found = list(autos(config, ""))
     if found:
-        raise ValueError(f"{path} has \"auto\" for {', '.join(found)}, which only other trainers fill in; write numbers")
+        raise ValueError(f'{path} has "auto" for {", ".join(found)}, which only other trainers fill in; write numbers')
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ValueError(f"{path} sets ZeRO stage {stage}; use 1, 2 or 3 (zero_optimization.stage)")
@@ -200,7 +204,7 @@ def broadcast_bytes(runtime: Runtime, make: Callable[[], bytes]) -> bytes:
     if runtime.is_first:
         try:
             answer = [make()]
-        except ValueError as error:  # the others wait for an answer
+        except Exception as error:  # the others wait for an answer; raised on all of them below
             answer = [error]
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], Exception):

@@ -38,7 +38,12 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> TextToImagePipe
     if text_encoder is None and recipe.frozen_text_encoder is not None:
         text_encoder = TextEncoder.from_pretrained(recipe.frozen_text_encoder)
     pipe = TextToImagePipeline(
-        model.nar, load_vq(recipe.tokenizer), text_encoder, recipe.sample, recipe.image_size, Provenance(recipe.name, step)
+        model.nar,
+        load_vq(recipe.tokenizer),
+        text_encoder,
+        recipe.sample,
+        recipe.image_size,
+        Provenance(recipe.name, step),
     )
     pipe.save_pretrained(out)
     return pipe

@@ -78,9 +78,7 @@ def rotate(x_BLHE: Tensor, table_LE2: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every block, preallocated in the order in which they are written."""
 
-    def __init__(
-        self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
         blocks = config.n_layer + config.n_axes - 1
         heads = config.n_kv_head or config.n_head
         shape = (blocks, batch, heads, length, config.width // config.n_head)
@@ -138,9 +136,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head
-        )
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
         return self.dropout(self.wo(mixed.transpose(1, 2).reshape(batch, length, -1)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,7 +46,7 @@ class MetricsLog:
 
         id_path = self.recipe.run_dir / "wandb_id"
         if not id_path.exists():
-            write_bytes(id_path, wandb.util.generate_id().encode())
+            write_bytes(id_path, uuid.uuid4().hex[:12].encode())
         self._wandb = wandb.init(
             project=self.recipe.train.wandb_project,
             name=self.recipe.run_dir.name,

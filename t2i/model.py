@@ -187,7 +187,9 @@ class NAR(nn.Module):
             x = x + self.positions[places]
         return x
 
-    def _embed_prefix(self, condition: Tensor, mask: Tensor | None, unconditional_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embed_prefix(
+        self, condition: Tensor, mask: Tensor | None, unconditional_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         prefix_BPC, real_BP = self.prefix(condition, mask, unconditional_B)
         if self.config.positions == "learned":  # aligned at the end, where the real tokens are
             prefix_BPC = prefix_BPC + self.positions[self.config.prefix - prefix_BPC.shape[1] : self.config.prefix]
@@ -207,7 +209,7 @@ class NAR(nn.Module):
         fixed = tables(self.config, x.device)
         allowed = attention_mask(self.config.grid, length).to(x.device)[:-1, :-1]
         table = prefix_table(self.config, length, x.device)
-        if table is not None:
+        if table is not None and fixed.rotary_NE2 is not None:
             table = torch.cat([table, fixed.rotary_NE2[:-1]])
         padding = F.pad(real_BP, (0, x.shape[1] - length), value=True)
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)

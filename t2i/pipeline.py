@@ -162,7 +162,9 @@ class TextToImagePipeline:
         """The pipeline of an exported folder. Raises ValueError that names what is missing or does not fit."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is no export: it has no config.json; make one with `t2i export RUN --out {folder}`")
+            raise ValueError(
+                f"{folder} is no export: it has no config.json; make one with `t2i export RUN --out {folder}`"
+            )
         description: dict[str, Any] = json.loads((folder / "config.json").read_text())
         if description.get("format") != FORMAT:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Named runs. A recipe is a function, and another run is that one with the fields that differ.
 
-    deepspeed t2i/train.py nar-xl-256 --deepspeed_config deepspeed_configs/zero2.json
+deepspeed t2i/train.py nar-xl-256 --deepspeed_config deepspeed_configs/zero2.json
 """
 
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def shapes_tiny() -> Recipe:
         ),
         tokenizer="shapes",
         image_size=64,
-        text_encoder=TextEncoderConfig(vocab_size=256, dim=128, n_layer=2, n_head=4, ffn_dim=256, max_length=32),
+        text_encoder=TextEncoderConfig(vocab_size=320, dim=128, n_layer=2, n_head=4, ffn_dim=256, max_length=32),
         data=DataConfig(path=Path("data/shapes-encoded"), lanes=16, workers=1, validation=256),
         train=TrainConfig(
             steps=1500, lr=2e-3, warmup_steps=100, weight_decay=0.05, log_every=10, validate_every=250, sample_every=250,

@@ -184,9 +184,7 @@ class TextEncoder(nn.Module):
         weights: dict[str, Tensor] = {}
         for name, parameter in self.encoder.state_dict().items():
             if parameter.numel() == 0:
-                raise ValueError(
-                    f"text encoder weight {name} is partitioned over ranks (ZeRO-3): gather it first"
-                )
+                raise ValueError(f"text encoder weight {name} is partitioned over ranks (ZeRO-3): gather it first")
             full_name = "shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"
             weights[full_name] = parameter.detach().cpu().contiguous()
         folder = Path(folder)
@@ -327,9 +325,7 @@ def _read_config(folder: Path) -> T5Config:
         raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
     if not isinstance(values, dict) or values.get("model_type") != "t5":
         found = values.get("model_type") if isinstance(values, dict) else None
-        raise ValueError(
-            f"{folder / 'config.json'} has model_type {found!r}, but a text encoder must be 't5'"
-        )
+        raise ValueError(f"{folder / 'config.json'} has model_type {found!r}, but a text encoder must be 't5'")
     return T5Config.from_dict(values)
 
 
@@ -343,9 +339,7 @@ def _read_encoder(folder: Path, config: T5Config, dtype: torch.dtype) -> nn.Modu
         raise ValueError(f"text encoder weights in {folder} cannot be read: {error}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"text encoder weights in {folder} lack {len(missing)} tensors, such as {missing[0]}"
-        )
+        raise ValueError(f"text encoder weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
     encoder: nn.Module = model.encoder
     return encoder
 

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,59 +28,8 @@ from tqdm import tqdm
 from data_pipeline.images import center_crop_resize, open_rgb
 from data_pipeline.index import RawSample, ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder
-from t2i.vq import VQConfig, VQModel, images_to_tensor, tensor_to_images
-
-
-@dataclass(frozen=True)
-class TokenizerTraining:
-    """How to train a tokenizer; the defaults made the one that the package ships for shapes."""
-
-    data: Path
-    """Folder of indexed image-text tars."""
-    out: Path
-    """Folder for weights, training state, metrics and previews."""
-    image_size: int = 64
-    model: VQConfig = field(
-        default_factory=lambda: VQConfig(
-            base_channels=8, channel_multipliers=(1, 2, 4, 12), n_res_blocks=1, z_channels=96, codebook_size=1024,
-            norm_groups=8,
-        )
-    )  # fmt: skip
-    steps: int = 4000
-    batch: int = 32
-    lr: float = 2e-3
-    warmup_steps: int = 100
-    unquantized_steps: int = 300
-    """Steps before the codebook starts."""
-    commitment: float = 0.25
-    revive_every: int = 50
-    """Steps after which a code that no position chose is moved onto an encoder output."""
-    validation: int = 512
-    """Samples at the end of the set that are kept for measuring."""
-    lanes: int = 32
-    seed: int = 0
-    save_every: int = 250
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "revive_every", "validation", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"tokenizer training: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.unquantized_steps >= self.steps:
-            raise ValueError(
-                f"tokenizer training: {self.unquantized_steps} unquantized steps leave none of {self.steps} for the "
-                "codebook; use fewer"
-            )
-        if self.image_size % self.model.stride:
-            raise ValueError(
-                f"tokenizer training: image size {self.image_size} is not a multiple of the stride {self.model.stride}"
-            )
-
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+from t2i.tokenizer_config import TokenizerTraining
+from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 
 
 def kmeans(points_ND: Tensor, k: int, generator: torch.Generator, rounds: int = 10) -> Tensor:

@@ -50,9 +50,8 @@ def main() -> int:
         runtime = start_runtime()
         outcome = Trainer(recipe, deepspeed_config, runtime).run()
     except ValueError as error:
-        if runtime is None or runtime.is_first:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     if runtime.is_first:
         print(f"{outcome.step} steps done; run folder {recipe.run_dir}")

@@ -163,7 +163,9 @@ class Trainer:
                 torch.manual_seed(_mix(train.seed, step, 2 + self.runtime.rank))
                 unconditional = self._unconditional(step)
                 parts: Sequence[Tensor | None] = (
-                    [None] * len(micro_batches) if unconditional is None else unconditional.split(self.engine.micro_batch)
+                    [None] * len(micro_batches)
+                    if unconditional is None
+                    else unconditional.split(self.engine.micro_batch)
                 )
                 inputs = [(*batch, part) for batch, part in zip(micro_batches, parts, strict=True)]
                 window.losses.append(self.engine.step(inputs, lr_at(train, step)))
@@ -217,7 +219,7 @@ class Trainer:
         if count == 0:
             return float("nan")
         mine = list(range(len(self.shards) - count + self.runtime.rank, len(self.shards), self.runtime.ranks))
-        rounds = -(-(-(-count // self.runtime.ranks)) // size)
+        rounds = math.ceil(math.ceil(count / self.runtime.ranks) / size)
         total = 0.0
         for start in range(0, rounds * size, size):
             # Every rank makes the same number of calls; one that has run out repeats a sample, with weight 0.

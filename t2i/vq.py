@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,39 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.atomic import write_bytes
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """Sizes of a `VQModel`; the defaults are VQ-16 (stride 16, 72M parameters). Checked at construction."""
-
-    base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    n_res_blocks: int = 2
-    z_channels: int = 256
-    codebook_size: int = 16384
-    codebook_dim: int = 8
-    norm_groups: int = 32
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number < 1:
-                    raise ValueError(f"tokenizer {field.name} is {value}; it must be at least 1")
-        if self.codebook_size > 65536:
-            raise ValueError(f"tokenizer codebook_size is {self.codebook_size}; shards hold 16-bit codes, so at most 65536")
-        for multiplier in self.channel_multipliers:
-            if self.base_channels * multiplier % self.norm_groups:
-                raise ValueError(
-                    f"tokenizer has {self.base_channels * multiplier} channels at one level, not divisible by "
-                    f"norm_groups {self.norm_groups}; change one of them"
-                )
-
-    @property
-    def stride(self) -> int:
-        """Pixels a side that one token stands for."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
+from t2i.tokenizer_config import VQConfig
 
 
 class _ResBlock(nn.Module):
@@ -117,6 +85,9 @@ class _Upsample(nn.Module):
 
 class _Level(nn.Module):
     """The blocks of one resolution, and the step to the next one."""
+
+    downsample: nn.Module
+    upsample: nn.Module
 
     def __init__(self, c_in: int, c_out: int, n_res: int, groups: int, attention: bool) -> None:
         super().__init__()
@@ -264,7 +235,9 @@ class VQModel(nn.Module):
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise ValueError(f"tokenizer folder {folder} has no {name}; give a folder that `t2i tokenizer train` wrote")
+                raise ValueError(
+                    f"tokenizer folder {folder} has no {name}; give a folder that `t2i tokenizer train` wrote"
+                )
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         config["channel_multipliers"] = tuple(config["channel_multipliers"])
         model = cls(VQConfig(**config))

@@ -62,7 +62,9 @@ def predecessors(grid: Grid) -> Tensor:
     Column a is the predecessor p - e_a, whose head of axis a predicts p; -1 where it lies outside the grid.
     """
     coords_ND = coordinates(grid)[order(grid)]
-    strides = torch.tensor([int(torch.tensor(grid[a + 1 :]).prod()) if a + 1 < len(grid) else 1 for a in range(len(grid))])
+    strides = torch.tensor(
+        [int(torch.tensor(grid[a + 1 :]).prod()) if a + 1 < len(grid) else 1 for a in range(len(grid))]
+    )
     row_major_N = coords_ND @ strides
     places_ND = rank(grid)[(row_major_N[:, None] - strides).clamp_min(0)]
     return torch.where(coords_ND > 0, places_ND, -1)

@@ -50,8 +50,6 @@ SPLIT_LEVELS = (0.7, 0.85)
 OFF_COLOR = 90.0  # grey levels: a pixel this far from the line between background and colour is something else
 
 
-
-
 @lru_cache(maxsize=4)
 def _surface_basis(height: int, width: int) -> Floats:
     """The nine products of 1, x, x^2 and 1, y, y^2 at every pixel, x and y in -1..1; [H, W, B]."""

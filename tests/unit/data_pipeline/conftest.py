@@ -54,9 +54,7 @@ def write_tar(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def raw_set(
-    tmp_path: Path, write_tar: Callable[..., Path], picture: Callable[..., bytes]
-) -> Callable[..., Path]:
+def raw_set(tmp_path: Path, write_tar: Callable[..., Path], picture: Callable[..., bytes]) -> Callable[..., Path]:
     """raw_set(shards, each, labels=False) -> root of a raw set, not indexed, with keys `000000`, `000001`,
     …
     """

@@ -150,9 +150,7 @@ def test_a_killed_run_leaves_a_temporary_file_that_the_next_replaces(raw: Path, 
         "    return codes\n"
         "t.run(Path(sys.argv[2]), Path(sys.argv[3]), encode_images=kill)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(raw), str(out)], check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(raw), str(out)], check=False)
     assert done.returncode == -9
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar"]
     assert [path.name for path in out.glob(".*partial*")] == [".00001.tar.partial"]
@@ -163,13 +161,9 @@ def test_a_killed_run_leaves_a_temporary_file_that_the_next_replaces(raw: Path, 
 @pytest.mark.parametrize(
     ("field", "value"), [("tokenizer_sha256", "f" * 64), ("codebook_size", 512), ("note", "another")]
 )
-def test_another_encoding_in_the_same_folder_is_refused(
-    raw: Path, tmp_path: Path, field: str, value: object
-) -> None:
+def test_another_encoding_in_the_same_folder_is_refused(raw: Path, tmp_path: Path, field: str, value: object) -> None:
     run(raw, tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=rf"encoded differently \({field} .* there, .* now\): choose another out"
-    ):
+    with pytest.raises(ValueError, match=rf"encoded differently \({field} .* there, .* now\): choose another out"):
         run(raw, tmp_path / "out", encoding={**ENCODING, field: value})
 
 
@@ -237,9 +231,7 @@ def test_mistakes_are_refused_before_anything_is_written(raw: Path, raw_set: Raw
         run(raw, out)
 
 
-def test_indexing_an_encoded_set_verifies_it(
-    raw: Path, tmp_path: Path, write_tar: Callable[..., Path]
-) -> None:
+def test_indexing_an_encoded_set_verifies_it(raw: Path, tmp_path: Path, write_tar: Callable[..., Path]) -> None:
     out = tmp_path / "out"
     first = run(raw, out, encode_text=encode_text, encoding=WITH_TEXT)
     for path in out.glob("*.npz"):

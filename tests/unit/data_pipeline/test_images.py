@@ -34,21 +34,14 @@ def png_16_bit_color(values: tuple[int, int, int], width: int = 4, height: int =
 
     rows = (b"\0" + struct.pack(">3H", *values) * width) * height
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_transparency_goes_over_white() -> None:
     for alpha, expected in ((0, (255, 255, 255)), (255, (200, 0, 0)), (128, (227, 127, 127))):
         rgba = Image.new("RGBA", (4, 4), (200, 0, 0, alpha))
         assert np.abs(np.subtract(pixel(encoded(rgba)), expected)).max() <= 1
-        assert (
-            np.abs(np.subtract(pixel(encoded(rgba, "WEBP", lossless=True, exact=True)), expected)).max() <= 1
-        )
+        assert np.abs(np.subtract(pixel(encoded(rgba, "WEBP", lossless=True, exact=True)), expected)).max() <= 1
 
 
 def test_transparency_of_other_modes_goes_over_white() -> None:

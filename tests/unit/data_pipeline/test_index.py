@@ -106,9 +106,7 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
         ("label", [("png", good), caption, ("cls", b"-1")], "bad_label"),
         ("plain", [("png", good), caption], "duplicate_key"),
     ]
-    write_tar(
-        "raw/0.tar", [(f"{key}.{suffix}", data) for key, members, _ in cases for suffix, data in members]
-    )
+    write_tar("raw/0.tar", [(f"{key}.{suffix}", data) for key, members, _ in cases for suffix, data in members])
     manifest = index(tmp_path / "raw")
     expected = [(key.split(".")[0], cause) for key, _, cause in cases if cause]
     assert [(entry.key, entry.cause) for entry in load_quarantine(tmp_path / "raw")] == expected
@@ -275,9 +273,7 @@ def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
         build_index(tmp_path / "nowhere")
 
 
-def test_shards_in_subfolders_and_ignored_members(
-    tmp_path: Path, write_tar: WriteTar, picture: MakePicture
-) -> None:
+def test_shards_in_subfolders_and_ignored_members(tmp_path: Path, write_tar: WriteTar, picture: MakePicture) -> None:
     write_tar("raw/part one/0.tar", [("README", b""), ("a.png", picture()), ("a.txt", b"x")])
     manifest = index(tmp_path / "raw")
     assert (manifest.shards[0].name, manifest.ignored, manifest.samples) == ("part one/0.tar", 1, 1)
@@ -299,9 +295,7 @@ def test_the_table_shows_every_cause_and_adds_up(raw_set: Callable[..., Path]) -
 def test_the_index_is_small(tmp_path: Path, write_tar: WriteTar, picture: MakePicture) -> None:
     data = picture()
     members = [
-        (f"{n:09d}.{suffix}", data if suffix == "png" else b"x")
-        for n in range(500)
-        for suffix in ("png", "txt")
+        (f"{n:09d}.{suffix}", data if suffix == "png" else b"x") for n in range(500) for suffix in ("png", "txt")
     ]
     path = write_tar("raw/0.tar", members)
     index(tmp_path / "raw")

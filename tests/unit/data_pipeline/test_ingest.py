@@ -178,9 +178,7 @@ def test_transparency_and_odd_modes_survive_the_whole_way(tmp_path: Path) -> Non
         assert np.asarray(open_rgb(shards.read_raw(i).image)).min() == 255
 
 
-def test_running_again_keeps_finished_shards_and_rewrites_changed_ones(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_running_again_keeps_finished_shards_and_rewrites_changed_ones(pictures: Path, tmp_path: Path) -> None:
     rows = [{"image": name, "caption": name} for name in ("a.png", "b c.jpg", "ünï.webp", "z.jpeg")]
     source, out = table(tmp_path / "t.json", rows), tmp_path / "out"
     options: dict[str, Any] = {"images": pictures, "shard_size": 1}
@@ -293,9 +291,7 @@ def test_sources_that_cannot_be_used_are_refused(pictures: Path, img2dataset: Pa
     assert not out.exists()
 
 
-def test_tars_of_another_origin_are_not_overwritten(
-    pictures: Path, img2dataset: Path, tmp_path: Path
-) -> None:
+def test_tars_of_another_origin_are_not_overwritten(pictures: Path, img2dataset: Path, tmp_path: Path) -> None:
     source = table(tmp_path / "t.json", [{"image": "a.png", "caption": "x"}])
     out = tmp_path / "out"
     run(img2dataset, out)
@@ -308,9 +304,7 @@ def test_tars_of_another_origin_are_not_overwritten(
 
 
 def test_a_source_that_gives_no_sample_is_an_error_with_the_causes(pictures: Path, tmp_path: Path) -> None:
-    source = table(
-        tmp_path / "t.json", [{"image": "gone.png", "caption": "x"}, {"image": "a.png", "caption": ""}]
-    )
+    source = table(tmp_path / "t.json", [{"image": "gone.png", "caption": "x"}, {"image": "a.png", "caption": ""}])
     with pytest.raises(ValueError, match=r"none of 2 rows .*missing_image 1, empty_caption 1.*quarantine"):
         ingest(source, tmp_path / "out", images=pictures, progress=False)
     assert len(refusals(tmp_path / "out")) == 2

@@ -74,9 +74,7 @@ def test_each_sample_comes_exactly_once_in_every_lane_epoch(order: LaneOrder, sk
         assert length in (size, size - 1)
         for epoch in range(steps // length):
             walked = np.sort(own[epoch * length : (epoch + 1) * length])
-            assert np.array_equal(walked, np.arange(walked[0], walked[0] + length)), (
-                "not its contiguous range"
-            )
+            assert np.array_equal(walked, np.arange(walked[0], walked[0] + length)), "not its contiguous range"
         seen += np.unique(own).tolist()
     assert sorted(seen) == list(range(order.first, order.last))
 
@@ -102,9 +100,7 @@ def test_the_walk_does_not_depend_on_the_batch_size(order: LaneOrder, step: int,
 def test_epochs_lanes_and_seeds_are_shuffled_differently() -> None:
     order = LaneOrder(0, 4000, 2, seed=1)
     walk = np.concatenate([order.indices(step, 500) for step in range(16)]).reshape(16, 2, 250).swapaxes(0, 1)
-    epochs = {
-        (lane, epoch): walk[lane].reshape(2, 2000)[epoch] - 2000 * lane for lane in (0, 1) for epoch in (0, 1)
-    }
+    epochs = {(lane, epoch): walk[lane].reshape(2, 2000)[epoch] - 2000 * lane for lane in (0, 1) for epoch in (0, 1)}
     other_seed = np.concatenate([LaneOrder(0, 4000, 2, seed=2).indices(s, 500)[:250] for s in range(8)])
     every = [np.arange(2000), *epochs.values(), other_seed]
     for i, one in enumerate(every):
@@ -147,9 +143,7 @@ def test_an_order_for_a_large_batch_is_quick() -> None:
 
 @pytest.mark.parametrize(("batch", "nearest"), [(250, 256), (1, 64), (95, 64), (96, 128), (0, 64), (-5, 64)])
 def test_a_batch_that_lanes_do_not_divide_is_refused(batch: int, nearest: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"global batch {batch} is not divisible by 64 lanes; nearest: {nearest}$"
-    ):
+    with pytest.raises(ValueError, match=f"global batch {batch} is not divisible by 64 lanes; nearest: {nearest}$"):
         LaneOrder(0, 1000, 64).indices(0, batch)
 
 
@@ -277,9 +271,7 @@ def test_a_loader_refuses_what_cannot_work_before_reading(shards: ShardSet) -> N
         BatchLoader(shards, LaneOrder(0, 40, 4), 7, 0, 1, 0, keys)
 
 
-def sample(
-    key: str, shape: tuple[int, ...] = (2, 3), label: int | None = None, length: int = 0
-) -> EncodedSample:
+def sample(key: str, shape: tuple[int, ...] = (2, 3), label: int | None = None, length: int = 0) -> EncodedSample:
     codes = np.full(shape, 65535, np.uint16)
     states = torch.ones(length, 4, dtype=torch.bfloat16) if length else None
     return EncodedSample(key, codes, f"caption {key}", label, states)

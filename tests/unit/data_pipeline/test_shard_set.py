@@ -19,9 +19,7 @@ def test_members_can_be_chosen(raw_set: RawSet, picture: Callable[..., bytes]) -
     assert shards.read(1, ["txt"]) == RawSample("000001", b"", "a 1", None)
 
 
-def test_distant_members_are_read_apart(
-    write_tar: Callable[..., Path], picture: Callable[..., bytes]
-) -> None:
+def test_distant_members_are_read_apart(write_tar: Callable[..., Path], picture: Callable[..., bytes]) -> None:
     path = write_tar("raw/0.tar", [("a.png", picture()), ("a.bin", b"\0" * 100_000), ("a.txt", b"x")])
     build_index(path.parent, progress=False)
     assert ShardSet(path.parent).read(0) == RawSample("a", picture(), "x")
@@ -42,9 +40,7 @@ def test_a_set_that_changed_since_indexing_is_refused(raw_set: RawSet) -> None:
     build_index(root, progress=False)
     whole = (root / "00001.tar").read_bytes()
     (root / "00001.tar").write_bytes(whole[:-512])
-    with pytest.raises(
-        ValueError, match=rf"00001\.tar.*has {len(whole) - 512} bytes on disk.*t2i data index"
-    ):
+    with pytest.raises(ValueError, match=rf"00001\.tar.*has {len(whole) - 512} bytes on disk.*t2i data index"):
         load_manifest(root)
     (root / "00001.tar").unlink()
     with pytest.raises(ValueError, match=r"00001\.tar.* is gone"):
@@ -78,9 +74,7 @@ def test_read_errors_name_key_shard_and_offset(raw_set: RawSet) -> None:
     path = root / "00000.tar"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"a 1", b"\xff\xff\xff"))  # same size, so only reading can tell
-    with pytest.raises(
-        ValueError, match=r"'000001' at byte \d+ of shard .*00000\.tar is unreadable: txt is not UTF-8"
-    ):
+    with pytest.raises(ValueError, match=r"'000001' at byte \d+ of shard .*00000\.tar is unreadable: txt is not UTF-8"):
         shards.read(1)
     path.write_bytes(whole[:600])
     with pytest.raises(

@@ -134,9 +134,7 @@ def test_a_header_with_a_negative_size_does_not_trap_the_reader(write_tar: Write
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 10**6), format=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
-def test_a_tar_cut_anywhere_keeps_whole_samples_and_reports_the_cut(
-    write_tar: WriteTar, cut: int, format: int
-) -> None:
+def test_a_tar_cut_anywhere_keeps_whole_samples_and_reports_the_cut(write_tar: WriteTar, cut: int, format: int) -> None:
     names = ["a", LONG, "c", "d"]
     path = write_tar("x.tar", [(f"{n}.{s}", b"data" * 200) for n in names for s in ("png", "txt")], format)
     whole = scan_tar(path)

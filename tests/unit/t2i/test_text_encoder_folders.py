@@ -82,9 +82,7 @@ class TestFolders:
         half = TextEncoder.from_pretrained(saved, dtype=torch.bfloat16)
         assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
         half.save_pretrained(tmp_path)
-        assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
-            torch.bfloat16
-        }
+        assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
         assert next(TextEncoder.from_pretrained(tmp_path).parameters()).dtype == torch.float32
 
     @pytest.mark.parametrize("shards", [False, True])
@@ -122,9 +120,7 @@ class TestFolders:
         assert encoder.max_length == 120
         ids_BL, mask_BL = encoder.tokenize(CAPTIONS)
         with torch.no_grad():
-            expected_BLC = model.get_encoder()(
-                input_ids=ids_BL, attention_mask=mask_BL.long()
-            ).last_hidden_state
+            expected_BLC = model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
         states_BLC, _ = encoder.encode(CAPTIONS)
         torch.testing.assert_close(states_BLC[mask_BL], expected_BLC[mask_BL], atol=1e-5, rtol=1e-5)
         encoder.save_pretrained(tmp_path / "again")
@@ -135,9 +131,7 @@ class TestFolders:
         folder = shutil.copytree(saved, tmp_path / "torch")
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-        assert torch.equal(
-            TextEncoder.from_pretrained(folder).encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0]
-        )
+        assert torch.equal(TextEncoder.from_pretrained(folder).encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0])
 
     def test_copies_are_independent(self, encoder: TextEncoder) -> None:
         twin = copy.deepcopy(encoder)
@@ -201,9 +195,7 @@ class TestFaults:
             TextEncoder.from_pretrained(folder)
 
     def test_vocabulary_too_large_for_the_embedding(self, spiece: Path) -> None:
-        with pytest.raises(
-            ValueError, match="has 285 pieces, but the text encoder embeds 284: set its vocab_size"
-        ):
+        with pytest.raises(ValueError, match="has 285 pieces, but the text encoder embeds 284: set its vocab_size"):
             TextEncoder.from_config(replace(CONFIG, vocab_size=284), spiece)
 
     def test_vocabulary_of_another_convention(self, saved: Path, tmp_path: Path) -> None:
@@ -228,9 +220,7 @@ class TestFaults:
             TextEncoder.from_pretrained(source)
 
     def test_hub_out_of_reach(self, offline: None) -> None:
-        with pytest.raises(
-            ValueError, match=r"text encoder nobody/no-t5 is not a folder here, and the Hugging Face"
-        ):
+        with pytest.raises(ValueError, match=r"text encoder nobody/no-t5 is not a folder here, and the Hugging Face"):
             TextEncoder.from_pretrained("nobody/no-t5")
 
     @pytest.mark.parametrize(
@@ -257,9 +247,7 @@ class TestHash:
     def test_of_a_copy_and_of_a_config_saved_by_another_version(self, saved: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(saved, tmp_path / "copy")
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(
-            json.dumps(dict(reversed(config.items())) | {"transformers_version": "9"})
-        )
+        (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())) | {"transformers_version": "9"}))
         (folder / "README.md").write_text("notes")
         assert text_encoder_sha256(folder) == text_encoder_sha256(str(saved))
         assert re.fullmatch("[0-9a-f]{64}", text_encoder_sha256(saved))

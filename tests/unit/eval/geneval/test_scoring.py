@@ -68,7 +68,12 @@ POSITION_WITH_COLORS = {
         ("red", "blue", 1, ["expected circle left of star, found neither side of it"]),
         ("green", "blue", 40, ["expected red circle>=1, found 0 red; and 1 green"]),
         # A wrong colour fails the target too, so the relation has nothing to be judged against.
-        ("red", "green", 40, ["expected blue star>=1, found 0 blue; and 1 green", "no target for circle to be left of"]),
+        (
+            "red",
+            "green",
+            40,
+            ["expected blue star>=1, found 0 blue; and 1 green", "no target for circle to be left of"],
+        ),
     ],
 )
 def test_position_with_colors(circle_color: str, star_color: str, star_x: float, reasons: list[str]) -> None:

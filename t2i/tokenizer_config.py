@@ -1,0 +1,92 @@
+"""Sizes of the image tokenizer and how it is trained: plain numbers, importable without torch."""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Sizes of a `VQModel`; the defaults are VQ-16 (stride 16, 72M parameters). Checked at construction."""
+
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    n_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number < 1:
+                    raise ValueError(f"tokenizer {name} is {value}; it must be at least 1")
+        if self.codebook_size > 65536:
+            raise ValueError(
+                f"tokenizer codebook_size is {self.codebook_size}; shards hold 16-bit codes, so at most 65536"
+            )
+        for multiplier in self.channel_multipliers:
+            if self.base_channels * multiplier % self.norm_groups:
+                raise ValueError(
+                    f"tokenizer has {self.base_channels * multiplier} channels at one level, not divisible by "
+                    f"norm_groups {self.norm_groups}; change one of them"
+                )
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side that one token stands for."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """How to train a tokenizer; the defaults made the one that the package ships for shapes."""
+
+    data: Path
+    """Folder of indexed image-text tars."""
+    out: Path
+    """Folder for weights, training state, metrics and previews."""
+    image_size: int = 64
+    model: VQConfig = field(
+        default_factory=lambda: VQConfig(
+            base_channels=8, channel_multipliers=(1, 2, 4, 12), n_res_blocks=1, z_channels=96, codebook_size=1024,
+            norm_groups=8,
+        )
+    )  # fmt: skip
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 2e-3
+    warmup_steps: int = 100
+    unquantized_steps: int = 300
+    """Steps before the codebook starts."""
+    commitment: float = 0.25
+    revive_every: int = 50
+    """Steps after which a code that no position chose is moved onto an encoder output."""
+    validation: int = 512
+    """Samples at the end of the set that are kept for measuring."""
+    lanes: int = 32
+    seed: int = 0
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "revive_every", "validation", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tokenizer training: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.unquantized_steps >= self.steps:
+            raise ValueError(
+                f"tokenizer training: {self.unquantized_steps} unquantized steps leave none of {self.steps} for the "
+                "codebook; use fewer"
+            )
+        if self.image_size % self.model.stride:
+            raise ValueError(
+                f"tokenizer training: image size {self.image_size} is not a multiple of the stride {self.model.stride}"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,115 @@
+import math
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import small_config
+
+from t2i.layers import (
+    Attention,
+    AxisHeads,
+    Embedding,
+    FeedForward,
+    KVCache,
+    Linear,
+    RMSNorm,
+    prefix_rotary_table,
+    rotary_table,
+    rotate,
+)
+from t2i.wavefronts import coordinates, head_weights, order
+
+CONFIG = small_config((3, 4))
+HEAD_DIM = CONFIG.width // CONFIG.n_head
+
+
+def test_rms_norm_is_its_formula_in_fp32() -> None:
+    norm = RMSNorm(16)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 16)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+    half = norm.to(torch.bfloat16)(1e-3 * x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert torch.isfinite(half).all()
+
+
+def test_rotary_table_turns_half_by_row_and_half_by_column() -> None:
+    table = rotary_table(CONFIG, CONFIG.grid)
+    assert table.shape == (12, HEAD_DIM // 2, 2)
+    pairs = HEAD_DIM // 4
+    for place, (row, column) in enumerate(coordinates(CONFIG.grid)[order(CONFIG.grid)].tolist()):
+        for pair in range(HEAD_DIM // 2):
+            axis_value = row if pair < pairs else column
+            angle = axis_value * 10000.0 ** (-2 * (pair % pairs) / (HEAD_DIM // 2))
+            torch.testing.assert_close(table[place, pair], torch.tensor([math.cos(angle), math.sin(angle)]))
+
+
+@given(st.integers(0, 10**6))
+def test_rotation_is_complex_multiplication_and_keeps_lengths(seed: int) -> None:
+    x = torch.randn(2, 12, 2, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+    table = rotary_table(CONFIG, CONFIG.grid)
+    turned = rotate(x, table)
+    as_complex = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(table)[:, None]
+    torch.testing.assert_close(turned, torch.view_as_real(as_complex).flatten(-2))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_prefix_rotation_is_none_or_the_published_zero() -> None:
+    x = torch.randn(1, 5, 2, HEAD_DIM)
+    torch.testing.assert_close(rotate(x, prefix_rotary_table(CONFIG, 5)), x)
+    published = small_config((3, 4), prefix_rotary="zero")
+    assert not rotate(x, prefix_rotary_table(published, 5)).any()
+
+
+def test_attention_with_grouped_heads_is_attention_with_repeated_ones() -> None:
+    config = small_config((3, 4), n_head=4, n_kv_head=2)
+    attention = Attention(config).eval()
+    x = torch.randn(2, 6, 16)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    q, k, v = attention.wqkv(x).split([16, 8, 8], dim=-1)
+    outs = []
+    for head in range(4):
+        columns, shared = slice(4 * head, 4 * head + 4), slice(4 * (head // 2), 4 * (head // 2) + 4)
+        scores = q[..., columns] @ k[..., shared].transpose(1, 2) / 2.0
+        outs.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v[..., shared])
+    torch.testing.assert_close(attention(x, None, mask), attention.wo(torch.cat(outs, dim=-1)))
+
+
+def test_cache_returns_all_that_was_written_in_order() -> None:
+    cache = KVCache(CONFIG, batch=2, length=5, device=torch.device("cpu"), dtype=torch.float32)
+    parts = [torch.randn(2, 2, n, HEAD_DIM) for n in (2, 1, 2)]
+    for part in parts:
+        for block in range(3):
+            keys, values = cache.extend(block, part + block, -part)
+            assert keys.data_ptr() == cache.keys[block].data_ptr()  # a view, not a copy
+        cache.advance(part.shape[2])
+    torch.testing.assert_close(keys, torch.cat(parts, dim=2) + 2)
+    torch.testing.assert_close(values, -torch.cat(parts, dim=2))
+
+
+def test_heads_are_the_weighted_mean_of_their_own_logits() -> None:
+    heads = AxisHeads(CONFIG)
+    torch.nn.init.normal_(heads.weight)
+    hidden = [torch.randn(2, 12, 16) for _ in range(2)]
+    weights = head_weights(CONFIG.grid, 2)
+    separate = torch.stack([F.linear(n(h), w) for n, h, w in zip(heads.norms, hidden, heads.weight, strict=True)])
+    torch.testing.assert_close(heads(hidden, weights), (separate * weights.T[:, None, :, None]).sum(0))
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    for layer in (Linear(256, 256), Embedding(256, 256)):
+        assert abs(layer.weight.std().item() - 0.02) < 5e-4
+    last, every = AxisHeads(CONFIG), AxisHeads(small_config((3, 4), zero_init_heads="all"))
+    assert last.weight[0].any()
+    assert not last.weight[1].any()
+    assert not every.weight.any()
+
+
+def test_feed_forward_is_swiglu_of_the_rounded_size() -> None:
+    layer = FeedForward(CONFIG).eval()
+    assert layer.w1.weight.shape == (256, 16)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), layer.w2(F.silu(layer.w1(x)) * layer.w3(x)))
