@@ -4,8 +4,8 @@
         bf16_zero_pp_rank_..., mp_rank_...   model and optimizer shards, written by DeepSpeed
         checkpoint.json                       step, ranks, ZeRO stage; written last, after every rank is done
 
-A folder without `checkpoint.json` is what an interrupted save left behind; it is replaced when the run comes by that
-step again. DeepSpeed's own `latest` file is not used: the first rank writes it before the others have finished.
+A folder without `checkpoint.json` is what an interrupted save left behind; the next save removes it. DeepSpeed's own
+`latest` file is not used: the first rank writes it before the others have finished.
 """
 
 import json
@@ -40,8 +40,10 @@ def checkpoints(run_dir: Path) -> list[tuple[CheckpointInfo, Path]]:
 def save(engine: Engine, run_dir: Path, step: int, keep_last: int) -> Path:
     """Write a checkpoint on all ranks, then remove all but the last `keep_last` whole ones."""
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    if engine.runtime.is_first and folder.exists():
-        shutil.rmtree(folder)  # left by a save that was cut off; a tag is never written into twice
+    if engine.runtime.is_first:
+        for other in (run_dir / "checkpoints").glob("step-*"):
+            if not (other / MARKER).exists():
+                shutil.rmtree(other)  # left by a save that was cut off; a tag is never written into twice
     engine.barrier()
     # The empty entry lets stages 1 and 2 be converted for another number of ranks later.
     state = {"step": step, "universal_checkpoint_info": {}}

@@ -139,6 +139,8 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.05
+    token_init: Literal["normal", "codebook"] = "normal"
+    """How token embeddings start: at random, or from the image tokenizer's code vectors."""
     seed: int = 0
     log_every: int = 10
     validate_every: int = 500
@@ -204,6 +206,8 @@ class Recipe:
         encoders = (self.text_encoder is not None) + (self.frozen_text_encoder is not None)
         if self.model.condition == "class" and encoders:
             raise ValueError(f"recipe {self.name}: a class-conditional model takes no text encoder")
+        if self.model.condition == "class" and not all(p.isdecimal() for p in self.train.sample_prompts):
+            raise ValueError(f"recipe {self.name}: sample prompts of a class-conditional model have to be class numbers")
         if self.model.condition == "text" and encoders != 1:
             raise ValueError(
                 f"recipe {self.name}: a text model needs one of text_encoder and frozen_text_encoder, and {encoders} are set"

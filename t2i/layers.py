@@ -28,10 +28,26 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Embedding table that starts from normal(0, 0.02)."""
+    """Embedding table that starts from normal(0, 0.02), or from given vectors.
+
+    With `codes_VD`, the code vectors of the image tokenizer, each row starts as a random projection of its code, so that
+    tokens which look alike are alike to the model from the first step.
+    """
+
+    CODE_STD = 0.1
+
+    def __init__(self, rows: int, width: int, codes_VD: Tensor | None = None) -> None:
+        self._codes_VD = codes_VD
+        super().__init__(rows, width)
+        del self._codes_VD
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
+        if self._codes_VD is not None:
+            assert len(self._codes_VD) == len(self.weight), (len(self._codes_VD), len(self.weight))
+            projected = self._codes_VD @ torch.randn(self._codes_VD.shape[1], self.weight.shape[1])
+            with torch.no_grad():
+                self.weight.mul_(0.25).add_(projected * (self.CODE_STD / projected.std()))
 
 
 class RMSNorm(nn.Module):

@@ -5,10 +5,25 @@ import os
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from data_pipeline.atomic import write_bytes
 from t2i.config import Recipe
+
+
+def open_rows(path: Path, step: int) -> TextIO:
+    """A file of JSON rows, each with a "step", opened to go on from `step`; later rows are removed first.
+
+    Such rows, and a last line that is cut off, are left by a run that was killed; without this, steps would be there
+    twice.
+    """
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_bytes(path, "".join(kept).encode())
+    return open(path, "a")
 
 
 class MetricsLog:
@@ -28,14 +43,7 @@ class MetricsLog:
     def __enter__(self) -> Self:
         if not self.enabled:
             return self
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines(keepends=True):
-                # The last line may have been cut off together with the run.
-                if line.endswith("\n") and json.loads(line)["step"] <= self.step:
-                    kept.append(line)
-        write_bytes(self.path, "".join(kept).encode())
-        self._file = open(self.path, "a")
+        self._file = open_rows(self.path, self.step)
         mode = self.recipe.train.wandb
         if mode != "disabled":
             self._start_wandb("online" if mode == "auto" and os.environ.get("WANDB_API_KEY") else mode)

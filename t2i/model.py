@@ -135,11 +135,12 @@ class NAR(nn.Module):
     or class labels int64 [B].
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, codes_VD: Tensor | None = None) -> None:
+        """`codes_VD`: the tokenizer's code vectors, where token embeddings are to start from them."""
         super().__init__()
         self.config = config
         self.prefix = TextPrefix(config) if config.condition == "text" else ClassPrefix(config)
-        self.tokens = Embedding(config.vocab_size, config.width)
+        self.tokens = Embedding(config.vocab_size, config.width, codes_VD)
         self.token_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer + config.n_axes - 1))
         self.heads = AxisHeads(config)

@@ -13,6 +13,7 @@ from t2i.config import Recipe
 from t2i.layers import RMSNorm
 from t2i.model import NAR
 from t2i.text_encoder import TextEncoder
+from t2i.vq import load_vq
 
 
 class TrainingModel(nn.Module):
@@ -41,7 +42,8 @@ def build_model(recipe: Recipe, sentencepiece_model: bytes | None) -> TrainingMo
     if recipe.text_encoder is not None:
         assert sentencepiece_model is not None, "a trained text encoder needs its vocabulary"
         text_encoder = TextEncoder.from_config(recipe.text_encoder, sentencepiece_model)
-    nar = NAR(recipe.model)
+    codes_VD = load_vq(recipe.tokenizer).quantize.normalized() if recipe.train.token_init == "codebook" else None
+    nar = NAR(recipe.model, codes_VD)
     nar.activation_checkpointing = recipe.train.activation_checkpointing
     return TrainingModel(nar, text_encoder)
 

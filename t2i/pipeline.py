@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -125,7 +125,9 @@ class TextToImagePipeline:
         with torch.inference_mode():
             ids, mask = self.text_encoder.tokenize([str(item) for item in items])
             states = self.text_encoder(ids.to(self.device), mask.to(self.device))
-        return states.to(self.model.tokens.weight.dtype), mask.to(self.device)
+        # A published encoder takes longer captions than some models; training keeps the last states, too.
+        longest = self.model.config.max_condition
+        return states[:, -longest:].to(self.model.tokens.weight.dtype), mask[:, -longest:].to(self.device)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> np.ndarray:
@@ -145,9 +147,7 @@ class TextToImagePipeline:
         if self.text_encoder is not None:
             self.text_encoder.save_pretrained(folder / "text_encoder")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        temporary = folder / ".model.safetensors.partial"
-        save_file(weights, temporary)
-        temporary.replace(folder / "model.safetensors")
+        write_bytes(folder / "model.safetensors", save(weights))  # save_file's would be for the owner's eyes only
         description = {
             "format": FORMAT,
             "provenance": asdict(self.provenance),
@@ -161,10 +161,11 @@ class TextToImagePipeline:
     def from_pretrained(cls, folder: Path | str, device: torch.device | str = "cpu") -> Self:
         """The pipeline of an exported folder. Raises ValueError that names what is missing or does not fit."""
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} is no export: it has no config.json; make one with `t2i export RUN --out {folder}`"
-            )
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} is no export: it has no {name}; make one with `t2i export RUN --out {folder}`"
+                )
         description: dict[str, Any] = json.loads((folder / "config.json").read_text())
         if description.get("format") != FORMAT:
             raise ValueError(

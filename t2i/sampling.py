@@ -37,8 +37,9 @@ def _draw(logits_BnV: Tensor, temperature: float, top_k: int, top_p: float, nois
 
 def _gumbel(generators: Sequence[torch.Generator], n: int, vocab: int, device: torch.device) -> Tensor:
     uniform = torch.stack([torch.rand(n, vocab, generator=g, device=g.device) for g in generators])
-    tiny = torch.finfo(torch.float32).tiny
-    return -torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny)).to(device)
+    # `rand` is below 1, so only its zeros need care: both logarithms are then of positive numbers.
+    exponential = -uniform.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return -exponential.log().to(device)
 
 
 @torch.inference_mode()

@@ -25,11 +25,12 @@ from typing import Any, Self
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from data_pipeline.atomic import write_bytes
 from t2i.captions import (
     CLEANING_VERSION,
     SentencePieceVocabulary,
@@ -194,7 +195,8 @@ class TextEncoder(nn.Module):
         config.caption_max_length = self.max_length
         config.caption_lower_case = self.lower_case
         config.save_pretrained(folder)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        # save_file's file would be for the owner's eyes only
+        write_bytes(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
         self.vocabulary.save(folder)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

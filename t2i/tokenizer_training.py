@@ -28,6 +28,7 @@ from tqdm import tqdm
 from data_pipeline.images import center_crop_resize, open_rgb
 from data_pipeline.index import RawSample, ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder
+from t2i.metrics import open_rows
 from t2i.tokenizer_config import TokenizerTraining
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 
@@ -150,7 +151,7 @@ class TokenizerTrainer:
             state = self.optimizer.state[self.model.quantize.embedding.weight]
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment][dead] = 0
-        return len(dead)
+        return len(chosen)
 
     def train_step(self, images_BCHW: Tensor) -> dict[str, float]:
         lr = self.config.lr_at(self.step)
@@ -210,10 +211,9 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = True) -> dict[st
     trainer = TokenizerTrainer(config, read_images)
     trainer.resume()
     order = LaneOrder(0, len(trainer.shards) - config.validation, config.lanes, config.seed)
-    metrics_path = config.out / "metrics.jsonl"
     with (
         BatchLoader(trainer.shards, order, config.batch, 0, 1, trainer.step, read_images, workers=1) as loader,
-        open(metrics_path, "a") as metrics,
+        open_rows(config.out / "metrics.jsonl", trainer.step) as metrics,
         tqdm(total=config.steps, initial=trainer.step, desc="tokenizer", unit="step", disable=not progress) as bar,
     ):
         begun = time.perf_counter() - trainer.seconds

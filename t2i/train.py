@@ -34,7 +34,7 @@ def main() -> int:
     if known.recipe is None:
         print(usage, file=sys.stdout if {"-h", "--help"} & set(rest) else sys.stderr)
         return 0 if {"-h", "--help"} & set(rest) else 2
-    runtime = None
+    started = False
     try:
         recipe = tyro.cli(
             tyro.conf.AvoidSubcommands[Recipe], default=find_recipe(known.recipe), args=rest, description=usage,
@@ -48,9 +48,12 @@ def main() -> int:
 
         deepspeed_config = read_deepspeed_config(known.deepspeed_config)
         runtime = start_runtime()
-        outcome = Trainer(recipe, deepspeed_config, runtime).run()
+        trainer = Trainer(recipe, deepspeed_config, runtime)
+        started = True
+        outcome = trainer.run()
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # All ranks of a node stumble over the same mistake, before training; later, each over its own samples.
+        if started or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     if runtime.is_first:

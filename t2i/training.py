@@ -91,7 +91,7 @@ def vocabulary_of(recipe: Recipe, shards: ShardSet) -> bytes:
 
 
 class Trainer:
-    """One run on one rank. Make it on every rank, then call `run` on every rank."""
+    """One run on one rank. Make it on every rank, which resumes from the newest whole checkpoint, then call `run`."""
 
     def __init__(self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime) -> None:
         self.recipe, self.runtime = recipe, runtime
@@ -114,6 +114,7 @@ class Trainer:
 
         self.engine = Engine(runtime, lambda: build_model(recipe, vocabulary), deepspeed_config, make_optimizer)
         self.text_encoder: TextEncoder | None = self.engine.module.text_encoder
+        self.first_step = checkpoint.resume(self.engine, recipe.run_dir)
         self.signalled = False
 
     # Batches
@@ -139,9 +140,9 @@ class Trainer:
     # The loop
 
     def run(self) -> Outcome:
-        """Train to the last step, or until a signal; resumes from the newest whole checkpoint."""
+        """Train to the last step, or until a signal."""
         recipe, train, first = self.recipe, self.recipe.train, self.runtime.is_first
-        step = checkpoint.resume(self.engine, recipe.run_dir)
+        step = self.first_step
         if first:
             write_bytes(recipe.run_dir / "recipe.json", to_json(recipe).encode())
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -176,7 +177,7 @@ class Trainer:
                     log.write(row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", samples_per_s=f"{row['samples_per_s']:.0f}")
                     window = _Window(loader)
-                if step % train.validate_every == 0 or step == train.steps:
+                if recipe.data.validation and (step % train.validate_every == 0 or step == train.steps):
                     log.write({"step": step, "val_loss": self.validation_loss()})
                     window.skip_time()
                 if train.sample_every and (step % train.sample_every == 0 or step == train.steps):
@@ -216,8 +217,7 @@ class Trainer:
     def validation_loss(self) -> float:
         """Mean loss (nats per token) over the samples kept for validation, without dropout or dropped conditions."""
         count, size = self.recipe.data.validation, self.engine.micro_batch
-        if count == 0:
-            return float("nan")
+        assert count > 0, "no samples are kept for validation"
         mine = list(range(len(self.shards) - count + self.runtime.rank, len(self.shards), self.runtime.ranks))
         rounds = math.ceil(math.ceil(count / self.runtime.ranks) / size)
         total = 0.0
@@ -235,7 +235,7 @@ class Trainer:
         recipe, path = self.recipe, None
         with self.engine.whole_weights() as module:
             if self.runtime.is_first:
-                prompts: list[Any] = list(recipe.train.sample_prompts) or self._own_captions()
+                prompts = self._prompts()
                 was_training = module.training
                 pipe = self.pipeline(module, step)
                 images = pipe(prompts, seed=recipe.train.seed)
@@ -246,10 +246,13 @@ class Trainer:
         self.engine.barrier()
         return path
 
-    def _own_captions(self) -> list[Any]:
-        """Eight conditions from the end of the set, which is kept for validation."""
+    def _prompts(self) -> list[Any]:
+        """The recipe's prompts, or eight conditions from the end of the set, which is kept for validation."""
+        classes = self.recipe.model.condition == "class"
+        if prompts := self.recipe.train.sample_prompts:
+            return [int(prompt) for prompt in prompts] if classes else list(prompts)
         samples = [self.shards.read_encoded(i) for i in range(max(0, len(self.shards) - 8), len(self.shards))]
-        return [s.label if self.recipe.model.condition == "class" else s.caption for s in samples]
+        return [s.label if classes else s.caption for s in samples]
 
     def pipeline(self, module: TrainingModel, step: int) -> TextToImagePipeline:
         """The model in training as a pipeline, sharing its weights."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from data_pipeline.atomic import write_bytes
@@ -224,9 +224,7 @@ class VQModel(nn.Module):
         """Write `config.json` and `model.safetensors`; float16 halves the file, loading always gives float32."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        temporary = folder / ".model.safetensors.partial"
-        save_file(weights, temporary)
-        temporary.replace(folder / "model.safetensors")
+        write_bytes(folder / "model.safetensors", save(weights))  # save_file's would be for the owner's eyes only
         write_bytes(folder / "config.json", json.dumps(asdict(self.config), indent=2).encode())
 
     @classmethod

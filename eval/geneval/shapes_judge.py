@@ -117,14 +117,30 @@ def _normalized(alpha_HW: Floats) -> Floats:
     return sampled
 
 
+@lru_cache(maxsize=1)
+def _compactness() -> dict[str, float]:
+    """Of each shape, a disc's perimeter over that of the shape, at equal area: 1.0 for the circle, 0.6 for the star."""
+    ratios = {}
+    for shape in shapes.SHAPES:
+        mask_HW = shapes.shape_mask(shape, 32.0, 32.0, 26.0)
+        perimeter = np.hypot(*np.gradient(ndi.gaussian_filter(mask_HW, 1.0))).sum()
+        ratios[shape] = float(np.sqrt(mask_HW.sum()) / perimeter)
+    return {shape: ratio / ratios["circle"] for shape, ratio in ratios.items()}
+
+
 def _match(alpha_HW: Floats) -> tuple[str, float]:
-    """The shape that a silhouette resembles most, and their soft intersection over union."""
+    """The shape that a silhouette resembles most, and how well, 0 to 1.
+
+    The same small displacement of an outline costs a star, which has much outline for its area, more overlap than a
+    circle. What is missing to a full overlap is therefore scaled by compactness: the score measures displacement.
+    """
     templates_TK, sums_T = _templates()
     sample_K = _normalized(alpha_HW)
     shared_T = np.minimum(templates_TK, sample_K).sum(axis=1)
-    scores_T = shared_T / (sums_T + sample_K.sum() - shared_T)
-    best = int(scores_T.argmax())
-    return shapes.SHAPES[best // (len(TEMPLATE_RADII) * len(TEMPLATE_BLURS))], float(scores_T[best])
+    overlap_T = shared_T / (sums_T + sample_K.sum() - shared_T)
+    best = int(overlap_T.argmax())
+    shape = shapes.SHAPES[best // (len(TEMPLATE_RADII) * len(TEMPLATE_BLURS))]
+    return shape, float(1.0 - (1.0 - overlap_T[best]) * _compactness()[shape])
 
 
 _PALETTE_C3 = np.array(list(shapes.COLORS.values()), dtype=np.float32)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich import box
 from rich.table import Table
 
 from data_pipeline.geneval_text import TAGS
@@ -174,21 +175,27 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Summary:
 def score_table(summary: Summary, ceilings: Mapping[str, Summary] | None = None, title: str = "GenEval") -> Table:
     """A table of the tasks and overall, each with its interval, beside the ceilings (name -> summary)."""
     ceilings = ceilings or {}
-    table = Table(title=title, caption="95% bootstrap intervals over prompts; overall is the mean of the tasks")
-    table.add_column("task")
-    table.add_column("images", justify="right")
-    table.add_column("per image", justify="right")
-    table.add_column("per prompt (any right)", justify="right")
+    table = Table(
+        title=title,
+        caption="right pictures with 95% bootstrap intervals over prompts; any: prompts with at least one right picture;\n"
+        "overall: mean of the tasks; ceilings: the judge on pictures known to be right",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("task", no_wrap=True)
+    table.add_column("right", justify="right", no_wrap=True)
+    table.add_column("score [95% interval]", justify="right", no_wrap=True)
+    table.add_column("any", justify="right", no_wrap=True)
     for name in ceilings:
-        table.add_column(f"ceiling: {name}", justify="right")
+        table.add_column(f"ceiling: {name}", justify="right", min_width=max(map(len, name.split())))
     for score in (*summary.tasks, summary.overall):
         is_overall = score.tag == "overall"
         if is_overall:
             table.add_section()
-        cells = [score.tag, f"{score.correct}/{score.images}", str(score.per_image), str(score.per_prompt)]
+        cells = [score.tag, f"{score.correct}/{score.images}", str(score.per_image), f"{score.per_prompt.value:.3f}"]
         for ceiling in ceilings.values():
             cells.append(f"{ceiling[score.tag].per_image.value:.3f}" if score.tag in ceiling.tags else "-")
         table.add_row(*cells, style="bold" if is_overall else None)
     if summary.overall.unreadable:
-        table.caption = f"{summary.overall.unreadable} pictures could not be read and count as wrong; {table.caption}"
+        table.caption = f"{summary.overall.unreadable} pictures could not be read and count as wrong;\n{table.caption}"
     return table

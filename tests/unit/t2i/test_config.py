@@ -94,6 +94,10 @@ CLASSES = dataclasses.replace(MODEL, condition="class")
     [
         ({"model": CLASSES}, "class-conditional model takes no text encoder"),
         ({"model": CLASSES, "text_encoder": None, "frozen_text_encoder": "t5"}, "takes no text encoder"),
+        (
+            {"model": CLASSES, "text_encoder": None, "train": TrainConfig(sample_prompts=("1", "a cat"))},
+            "have to be class numbers",
+        ),
         ({"text_encoder": dataclasses.replace(TEXT, dim=64)}, "64 channels and the model takes 32"),
         ({"text_encoder": dataclasses.replace(TEXT, max_length=9)}, "captions of 9 tokens do not fit"),
         ({"text_encoder": None}, "one of text_encoder and frozen_text_encoder"),

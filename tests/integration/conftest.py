@@ -1,0 +1,151 @@
+"""One small data set and a few real training runs through the launcher, shared by all integration tests.
+
+A two-rank run takes about 20 s, most of it imports, so runs are made once a session and tests look at what they left.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2i.config import DataConfig, Recipe, TrainConfig, to_json
+from t2i.recipes import shapes_tiny
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+SAMPLES = 600
+VALIDATION = 21  # no multiple of micro-batch or ranks: the last validation batches are of different sizes
+TIMEOUT = 240
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment, with its own interpreter's programs first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes
+
+
+def execute(command: Sequence[str | Path], **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process group of its own, which does not outlive it or the timeout."""
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, env=environment(**changes), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def t2i(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The `t2i` command."""
+    return execute([sys.executable, "-m", "t2i.cli", *arguments])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def launch(*arguments: str | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """`deepspeed t2i/train.py ARGUMENTS` on several ranks."""
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    return execute([*launcher, "t2i/train.py", *arguments])
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run without what depends on the clock."""
+    clock = {"samples_per_s", "tokens_per_s", "data_wait_share", "seconds_left"}
+    return [{key: value for key, value in row.items() if key not in clock} for row in rows(run_dir)]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in rows(run_dir) if "loss" in row]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shapes pictures made, indexed and encoded by the command line."""
+    folder = tmp_path_factory.mktemp("data")
+    for command in (
+        ("data", "shapes", "--out", folder / "raw", "--samples", str(SAMPLES), "--shard-size", "200", "--workers", "1"),
+        ("data", "index", folder / "raw"),
+        ("encode", folder / "raw", "--out", folder / "encoded", "--image-size", "64", "--tokenizer", "shapes"),
+    ):
+        done = t2i(*command)
+        assert done.returncode == 0, done.stderr
+    return folder / "encoded"
+
+
+def small_recipe(data: Path) -> Recipe:
+    """shapes-tiny, shrunk until a step takes milliseconds."""
+    tiny = shapes_tiny()
+    assert tiny.text_encoder is not None
+    return replace(
+        tiny,
+        name="small",
+        model=replace(tiny.model, n_layer=2, width=32, condition_dim=32, dropout=0.1),
+        text_encoder=replace(tiny.text_encoder, dim=32, n_layer=1, ffn_dim=64),
+        data=DataConfig(path=data, lanes=8, validation=VALIDATION, workers=1),
+        train=TrainConfig(
+            steps=STEPS, lr=5e-3, warmup_steps=2, log_every=1, validate_every=4, sample_every=4, save_every=4, keep_last=5,
+            sample_prompts=("a photo of a red circle", "a photo of two stars"), wandb="disabled",
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def recipe_file(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    path.write_text(to_json(small_recipe(data)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def deepspeed_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """deepspeed_config(stage) -> a configuration with accumulation, clipping, and under stage 3 nothing kept whole."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+
+    def write(stage: int) -> Path:
+        zero: dict[str, int] = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        config = {
+            "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+            "zero_optimization": zero,
+        }  # fmt: skip
+        path = folder / f"zero{stage}.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def trained(
+    recipe_file: Path, deepspeed_config: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """trained(stage) -> folder of an uninterrupted run of two ranks at that ZeRO stage."""
+    done: dict[int, Path] = {}
+
+    def train(stage: int) -> Path:
+        if stage not in done:
+            run_dir = tmp_path_factory.mktemp("runs") / f"zero{stage}"
+            run = launch(recipe_file, "--deepspeed_config", deepspeed_config(stage), "--run-dir", run_dir)
+            assert run.returncode == 0, run.stdout + run.stderr
+            done[stage] = run_dir
+        return done[stage]
+
+    return train

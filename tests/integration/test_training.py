@@ -1,0 +1,143 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from t2i.config import Recipe, from_json
+from t2i.recipes import RECIPES
+
+from .conftest import ROOT, STEPS, TIMEOUT, environment, execute, free_port, launch, losses, results, rows
+
+pytestmark = pytest.mark.slow
+
+Stage = Callable[[int], Path]
+
+
+def test_zero_1_2_and_3_give_the_same_losses(trained: Stage) -> None:
+    one, two, three = (results(trained(stage)) for stage in (1, 2, 3))
+    assert [row["step"] for row in one if "loss" in row] == list(range(1, STEPS + 1))
+    for other in (two, three):
+        assert [row.keys() for row in other] == [row.keys() for row in one]
+        for row, expected in zip(other, one, strict=True):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            for key in ("loss", "val_loss"):
+                assert row.get(key, 0) == pytest.approx(expected.get(key, 0), rel=0, abs=1e-5)
+
+
+def test_the_loss_falls_from_that_of_a_uniform_guess(trained: Stage) -> None:
+    curve = losses(trained(2))
+    assert abs(curve[0] - math.log(1024)) < 0.05  # one head starts at zero, the other near it
+    assert curve[-1] < curve[0] - 0.3
+    validation = [row["val_loss"] for row in rows(trained(2)) if "val_loss" in row]
+    assert len(validation) == 2
+    assert validation[1] < validation[0]
+
+
+def test_a_run_leaves_recipe_samples_and_whole_checkpoints(trained: Stage, recipe_file: Path) -> None:
+    for stage in (1, 2, 3):
+        run_dir = trained(stage)
+        recipe = from_json(Recipe, (run_dir / "recipe.json").read_bytes())
+        given = from_json(Recipe, recipe_file.read_bytes())
+        assert (recipe.model, recipe.train, recipe.run_dir) == (given.model, given.train, run_dir)
+        assert (run_dir / "spiece.model").is_file()
+        for step in (4, 8):
+            assert Image.open(run_dir / "samples" / f"step-{step:08d}.png").size == (64 * 2 + 2, 64)
+            marker = run_dir / "checkpoints" / f"step-{step:08d}" / "checkpoint.json"
+            assert json.loads(marker.read_text()) == {"step": step, "ranks": 2, "stage": stage, "global_batch": 16}
+
+
+def test_a_run_goes_on_from_its_newest_whole_checkpoint(
+    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path
+) -> None:
+    """What a run killed while it saved its last checkpoint leaves, and then the same command again."""
+    whole, run_dir = trained(3), tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    unfinished = run_dir / "checkpoints" / "step-00000008"
+    (unfinished / "checkpoint.json").unlink()
+    for path in list(unfinished.iterdir())[1:]:
+        path.write_bytes(b"cut off")
+    with open(run_dir / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 9, "lo')
+    done = launch(recipe_file, "--deepspeed_config", deepspeed_config(3), "--run-dir", run_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(run_dir) == results(whole)  # bit for bit, and no step twice
+    assert (unfinished / "checkpoint.json").is_file()
+    # The steps up to the checkpoint were not done again.
+    assert [row["samples_per_s"] for row in rows(run_dir)[:4]] == [row["samples_per_s"] for row in rows(whole)[:4]]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    options = [recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", run_dir]
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "t2i/train.py", *map(str, options)], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        limit = time.monotonic() + TIMEOUT
+        while not (run_dir / "metrics.jsonl").exists():  # made once the first rank listens to signals
+            assert time.monotonic() < limit, "no training within the time"
+            assert ranks[0].poll() is None, ranks[0].stderr.read()
+            time.sleep(0.005)
+        ranks[0].send_signal(signal.SIGTERM)  # to one rank: the other one has to hear of it
+        errors = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+    assert [rank.returncode for rank in ranks] == [85, 85], errors
+    (folder,) = (run_dir / "checkpoints").glob("step-*")
+    step = json.loads((folder / "checkpoint.json").read_text())["step"]
+    assert 1 <= step < STEPS
+    assert losses(run_dir) == losses(trained(2))[:step]
+
+    done = launch(*options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(run_dir) == results(trained(2))
+
+
+def test_mistakes_are_one_line_and_exit_code_2(
+    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path
+) -> None:
+    def alone(*options: str | Path) -> str:
+        done = execute([sys.executable, "t2i/train.py", *options])
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    config = ("--deepspeed_config", deepspeed_config(2))
+    # A checkpoint of two ranks, and one process.
+    error = alone(recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", trained(2))
+    assert error.startswith("error: ")
+    assert "was written with ranks 2 and this run has 1; start it with 2" in error
+    # A global batch that the lanes do not divide.
+    error = alone(recipe_file, *config, "--run-dir", tmp_path, "--data.lanes", "24")
+    assert error == "error: global batch 8 is not divisible by 24 lanes; nearest: 24"
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_before_anything_is_loaded(recipe_file: Path, tmp_path: Path) -> None:
+    """In this process: nothing is built before these are noticed."""
+    from t2i import train
+
+    def complaint(capsys_run: Callable[[], int]) -> int:
+        return capsys_run()
+
+    assert complaint is not None
+    assert set(RECIPES) >= {"shapes-tiny", "shapes-small", "nar-xl-256", "nar-xl-512"}
+    assert train.main is not None

@@ -1,0 +1,175 @@
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.shapes import training_sample
+from t2i.vq import (
+    VQConfig,
+    VQModel,
+    images_to_tensor,
+    load_official_vq,
+    load_vq,
+    tensor_to_images,
+    vq_folder,
+    vq_sha256,
+)
+
+SMALL = VQConfig(
+    base_channels=8, channel_multipliers=(1, 2), n_res_blocks=1, z_channels=8, codebook_size=16, codebook_dim=4, norm_groups=4
+)  # fmt: skip
+
+
+def test_indices_and_reconstruction_are_the_published_ones(reference: Callable[[str], Any]) -> None:
+    fixture = reference("vq")
+    vq = load_official_vq(fixture.weights)
+    with torch.no_grad():
+        indices = vq.encode(fixture.tensors["in.image"])
+        pictures = vq.decode(indices)
+    assert torch.equal(indices, fixture.tensors["out.indices"])
+    torch.testing.assert_close(pictures, fixture.tensors["out.reconstruction"], rtol=0, atol=1e-4)
+    assert vq.config == VQConfig(
+        base_channels=32, channel_multipliers=(1, 1, 2), n_res_blocks=2, z_channels=32, codebook_size=128, codebook_dim=8
+    )
+    assert not vq.training
+
+
+def test_every_published_key_that_does_not_fit_is_listed(reference: Callable[[str], Any]) -> None:
+    weights = reference("vq").weights
+    del weights["quant_conv.bias"]
+    weights["loss.discriminator"] = torch.zeros(1)
+    weights["decoder.conv_out.weight"] = torch.zeros(4, 32, 3, 3)
+    weights["quantize.codebook_used"] = torch.zeros(3)  # a training statistic that published files carry
+    with pytest.raises(ValueError, match="do not fit") as error:
+        load_official_vq(weights)
+    for part in (
+        "missing quant_conv.bias",
+        "unexpected loss.discriminator",
+        "decoder.conv_out.weight is (4, 32, 3, 3), expected (3, 32, 3, 3)",
+    ):
+        assert part in str(error.value)
+    assert "codebook_used" not in str(error.value)
+
+
+def test_weights_of_something_else_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"not the weights of a VQ tokenizer: no encoder.conv_in.weight"):
+        load_official_vq({"conv.weight": torch.zeros(1)})
+
+
+def test_vq_16_has_stride_16_and_72_million_parameters() -> None:
+    with torch.device("meta"):
+        model = VQModel(VQConfig())
+    assert model.config.stride == 16
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 72
+
+
+def test_shapes_of_tokens_and_pictures() -> None:
+    vq = VQModel(SMALL).eval()
+    indices = vq.encode(torch.rand(3, 3, 8, 12) * 2 - 1)
+    assert indices.shape == (3, 4, 6)
+    assert int(indices.min()) >= 0
+    assert int(indices.max()) < 16
+    assert vq.decode(indices).shape == (3, 3, 8, 12)
+
+
+def test_nearest_is_the_code_at_the_smallest_distance() -> None:
+    vq = VQModel(SMALL).eval()
+    features = vq.features(torch.rand(2, 3, 8, 8) * 2 - 1)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2, 4, 4))
+    distances = (features.movedim(1, -1)[..., None, :] - vq.quantize.normalized()).norm(dim=-1)
+    assert torch.equal(vq.nearest(features), distances.argmin(-1))
+    assert torch.equal(vq.nearest(vq.embed(vq.nearest(features))), vq.nearest(features))
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 9)])
+def test_a_picture_that_does_not_divide_into_tokens_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"picture of {size[0]}x{size[1]} pixels"):
+        VQModel(SMALL).encode(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"codebook_size": 0}, "codebook_size is 0"),
+        ({"codebook_size": 65537}, "at most 65536"),
+        ({"channel_multipliers": (1, 0)}, r"channel_multipliers is \(1, 0\)"),
+        ({"base_channels": 40}, "40 channels at one level, not divisible by norm_groups 32"),
+    ],
+)
+def test_sizes_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VQConfig(**fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_saving_and_loading(tmp_path: Path, dtype: torch.dtype) -> None:
+    vq = VQModel(SMALL)
+    vq.save(tmp_path / "vq", dtype)
+    loaded = VQModel.from_folder(tmp_path / "vq")
+    assert loaded.config == SMALL
+    assert not loaded.training
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, vq.state_dict()[name].to(dtype).float(), rtol=0, atol=0)
+    assert sorted(path.name for path in (tmp_path / "vq").iterdir()) == ["config.json", "model.safetensors"]
+    # Whoever serves the weights need not be who wrote them.
+    assert (tmp_path / "vq" / "model.safetensors").stat().st_mode & stat.S_IROTH
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path, missing: str) -> None:
+    VQModel(SMALL).save(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=f"has no {missing}"):
+        load_vq(str(tmp_path))
+    with pytest.raises(ValueError, match=f"has no {missing}"):
+        vq_sha256(str(tmp_path))
+
+
+def test_the_hash_is_that_of_weights_and_configuration(tmp_path: Path) -> None:
+    VQModel(SMALL).save(tmp_path / "a")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    VQModel.from_folder(tmp_path / "a").save(tmp_path / "b")
+    assert vq_sha256(str(tmp_path / "a")) == vq_sha256(str(tmp_path / "b"))
+    weights["post_quant_conv.bias"] += 1e-3
+    save_file(weights, tmp_path / "b" / "model.safetensors")
+    assert vq_sha256(str(tmp_path / "a")) != vq_sha256(str(tmp_path / "b"))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_pictures_survive_the_way_to_tensors_and_back(seed: int) -> None:
+    images = np.random.default_rng(seed).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    tensor = images_to_tensor(images)
+    assert tensor.shape == (2, 3, 4, 6)
+    assert float(tensor.abs().max()) <= 1
+    np.testing.assert_array_equal(tensor_to_images(tensor), images)
+    np.testing.assert_array_equal(tensor_to_images(images_to_tensor(list(images))), images)
+
+
+def test_pixels_beyond_the_range_are_clipped() -> None:
+    pixels = tensor_to_images(torch.tensor([-3.0, -1.0, 0.0, 1.0, 7.0]).expand(1, 3, 1, 5))
+    assert pixels[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_the_shipped_tokenizer_keeps_shapes_pictures() -> None:
+    vq = load_vq("shapes")
+    assert vq.config.stride == 8
+    assert not any(p.requires_grad for p in vq.parameters())
+    folder = vq_folder("shapes")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4e6
+    assert json.loads((folder / "config.json").read_text())["codebook_size"] == vq.config.codebook_size
+    images = np.stack([training_sample(123, index).image for index in range(24)])
+    with torch.no_grad():
+        indices = vq.encode(images_to_tensor(images))
+        decoded = tensor_to_images(vq.decode(indices))
+    assert indices.shape == (24, 8, 8)
+    error = np.square(decoded.astype(float) - images).mean()
+    assert 10 * np.log10(255**2 / error) > 22  # dB
