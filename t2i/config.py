@@ -207,7 +207,9 @@ class Recipe:
         if self.model.condition == "class" and encoders:
             raise ValueError(f"recipe {self.name}: a class-conditional model takes no text encoder")
         if self.model.condition == "class" and not all(p.isdecimal() for p in self.train.sample_prompts):
-            raise ValueError(f"recipe {self.name}: sample prompts of a class-conditional model have to be class numbers")
+            raise ValueError(
+                f"recipe {self.name}: sample prompts of a class-conditional model have to be class numbers"
+            )
         if self.model.condition == "text" and encoders != 1:
             raise ValueError(
                 f"recipe {self.name}: a text model needs one of text_encoder and frozen_text_encoder, and {encoders} are set"

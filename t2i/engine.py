@@ -3,7 +3,6 @@
 One of the three modules that know either; the loop, the model and the data know ranks only as numbers.
 """
 
-import contextlib
 import datetime
 import json
 import logging
@@ -83,6 +82,8 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"DeepSpeed configuration {path} is not a JSON object; see deepspeed_configs/")
     for name in ("optimizer", "scheduler"):
         if name in config:
             raise ValueError(f"{path} has a {name!r} section, which the recipe owns (train.lr and others); remove it")
@@ -190,12 +191,12 @@ class Engine:
         """Wait until every rank is here."""
         dist.barrier()
 
-    @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[Any]:
-        """The model with all of its weights on every rank, for as long as the block lasts."""
-        parameters = list(self.module.parameters()) if self.stage == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
-            yield self.module
+    def weights_on_first(self) -> dict[str, Tensor] | None:
+        """A copy of all weights in the memory of the first rank's processor, None elsewhere; every rank has to call it."""
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self.stage == 3):
+            if not self.runtime.is_first:
+                return None
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
 
 
 def broadcast_bytes(runtime: Runtime, make: Callable[[], bytes]) -> bytes:

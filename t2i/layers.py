@@ -45,7 +45,9 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=INIT_STD)
         if self._codes_VD is not None:
             assert len(self._codes_VD) == len(self.weight), (len(self._codes_VD), len(self.weight))
-            projected = self._codes_VD @ torch.randn(self._codes_VD.shape[1], self.weight.shape[1])
+            # In the weight's type and place: under ZeRO-3 that is the engine's.
+            codes_VD = self._codes_VD.to(self.weight)
+            projected = codes_VD @ torch.randn(codes_VD.shape[1], self.weight.shape[1]).to(self.weight)
             with torch.no_grad():
                 self.weight.mul_(0.25).add_(projected * (self.CODE_STD / projected.std()))
 

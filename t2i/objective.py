@@ -13,7 +13,6 @@ from t2i.config import Recipe
 from t2i.layers import RMSNorm
 from t2i.model import NAR
 from t2i.text_encoder import TextEncoder
-from t2i.vq import load_vq
 
 
 class TrainingModel(nn.Module):
@@ -36,13 +35,16 @@ class TrainingModel(nn.Module):
         return loss
 
 
-def build_model(recipe: Recipe, sentencepiece_model: bytes | None) -> TrainingModel:
-    """A fresh model of a recipe; `sentencepiece_model` is the vocabulary of its trained text encoder, if it has one."""
+def build_model(recipe: Recipe, sentencepiece_model: bytes | None, codes_VD: Tensor | None = None) -> TrainingModel:
+    """A fresh model of a recipe.
+
+    `sentencepiece_model` is the vocabulary of its trained text encoder, if it has one; `codes_VD` are the tokenizer's
+    code vectors, where token embeddings are to start from them.
+    """
     text_encoder = None
     if recipe.text_encoder is not None:
         assert sentencepiece_model is not None, "a trained text encoder needs its vocabulary"
         text_encoder = TextEncoder.from_config(recipe.text_encoder, sentencepiece_model)
-    codes_VD = load_vq(recipe.tokenizer).quantize.normalized() if recipe.train.token_init == "codebook" else None
     nar = NAR(recipe.model, codes_VD)
     nar.activation_checkpointing = recipe.train.activation_checkpointing
     return TrainingModel(nar, text_encoder)
@@ -79,9 +81,10 @@ def condition_tensors(
                 "encode a set that has them"
             )
         labels: Tensor = batch["labels"]
-        if int(labels.max()) >= recipe.model.num_classes or int(labels.min()) < 0:
+        wrong = labels[(labels < 0) | (labels >= recipe.model.num_classes)]
+        if len(wrong):
             raise ValueError(
-                f"{recipe.data.path} holds class {int(labels.max())}, and recipe {recipe.name} has "
+                f"{recipe.data.path} holds class {int(wrong[0])}, and recipe {recipe.name} has "
                 f"{recipe.model.num_classes} classes (0 to {recipe.model.num_classes - 1}); set model.num_classes"
             )
         return labels, None

@@ -174,12 +174,16 @@ class TextToImagePipeline:
         config = from_json(ModelConfig, json.dumps(description["model"]))
         model = NAR(config)
         weights = load_file(folder / "model.safetensors")
-        missing, unexpected = set(model.state_dict()) - set(weights), set(weights) - set(model.state_dict())
-        if missing or unexpected:
-            raise ValueError(
-                f"{folder}/model.safetensors does not fit its config.json: missing {sorted(missing)}, unexpected "
-                f"{sorted(unexpected)}"
-            )
+        own = model.state_dict()
+        problems = [f"missing {name}" for name in own if name not in weights]
+        problems += [f"unexpected {name}" for name in weights if name not in own]
+        problems += [
+            f"{name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ]
+        if problems:
+            raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {'; '.join(problems)}")
         model.load_state_dict(weights)
         pipe = cls(
             model,

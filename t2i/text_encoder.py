@@ -148,7 +148,10 @@ class TextEncoder(nn.Module):
             is_encoder_decoder=False,
             use_cache=False,
         )
-        encoder = T5EncoderModel(t5_config).encoder
+        # Transformers' own initialisation draws other numbers under ZeRO-3, where weights are partitioned by then; what
+        # is drawn after it must not depend on that.
+        with torch.random.fork_rng():
+            encoder = T5EncoderModel(t5_config).encoder
         _initialise(encoder, t5_config)
         vocabulary = SentencePieceVocabulary(sentencepiece_model)
         return cls(encoder, t5_config, vocabulary, config.max_length, lower_case)

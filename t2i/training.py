@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from data_pipeline.atomic import write_bytes
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
 from t2i import checkpoint
-from t2i.config import Recipe, TrainConfig, to_json
+from t2i.config import Recipe, TrainConfig, from_json, to_json
 from t2i.engine import Engine, Runtime, broadcast_bytes
 from t2i.metrics import MetricsLog
 from t2i.objective import TrainingModel, build_model, condition_tensors, parameter_groups
@@ -79,6 +80,28 @@ def check_data(recipe: Recipe, shards: ShardSet) -> None:
         )
 
 
+def check_resumable(recipe: Recipe) -> None:
+    """Raise ValueError where the run folder has checkpoints of another model, or of another order of samples."""
+    written = recipe.run_dir / "recipe.json"
+    if not written.exists() or not checkpoint.checkpoints(recipe.run_dir):
+        return
+    earlier = from_json(Recipe, written.read_bytes())
+
+    def fixed(r: Recipe) -> dict[str, Any]:
+        return {
+            "model": r.model, "text_encoder": r.text_encoder, "frozen_text_encoder": r.frozen_text_encoder,
+            "tokenizer": r.tokenizer, "image_size": r.image_size, "data.lanes": r.data.lanes,
+            "data.validation": r.data.validation, "train.seed": r.train.seed,
+        }  # fmt: skip
+
+    differs = [name for name, value in fixed(recipe).items() if value != fixed(earlier)[name]]
+    if differs:
+        raise ValueError(
+            f"{recipe.run_dir} holds a run with another {', '.join(differs)}; go on with what is in {written}, or choose "
+            "another --run-dir"
+        )
+
+
 def vocabulary_of(recipe: Recipe, shards: ShardSet) -> bytes:
     """The sentencepiece model of a run: the one in its folder, or a new one from the captions of the set."""
     assert recipe.text_encoder is not None
@@ -96,6 +119,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime) -> None:
         self.recipe, self.runtime = recipe, runtime
         train = recipe.train
+        check_resumable(recipe)
         self.shards = ShardSet(recipe.data.path)
         check_data(recipe, self.shards)
         self.order = LaneOrder(0, len(self.shards) - recipe.data.validation, recipe.data.lanes, train.seed)
@@ -105,6 +129,8 @@ class Trainer:
         vocabulary = None
         if recipe.text_encoder is not None:
             vocabulary = broadcast_bytes(runtime, lambda: vocabulary_of(recipe, self.shards))
+        # Read here: inside the engine, ZeRO-3 would partition the tokenizer's weights as well.
+        codes_VD = load_vq(recipe.tokenizer).quantize.normalized() if train.token_init == "codebook" else None
         torch.manual_seed(train.seed)
 
         def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -112,7 +138,8 @@ class Trainer:
             groups = parameter_groups(model, train.weight_decay)
             return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
-        self.engine = Engine(runtime, lambda: build_model(recipe, vocabulary), deepspeed_config, make_optimizer)
+        self._build = partial(build_model, recipe, vocabulary)
+        self.engine = Engine(runtime, partial(self._build, codes_VD), deepspeed_config, make_optimizer)
         self.text_encoder: TextEncoder | None = self.engine.module.text_encoder
         self.first_step = checkpoint.resume(self.engine, recipe.run_dir)
         self.signalled = False
@@ -233,16 +260,20 @@ class Trainer:
     def sample_grid(self, step: int) -> Path | None:
         """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere."""
         recipe, path = self.recipe, None
-        with self.engine.whole_weights() as module:
-            if self.runtime.is_first:
-                prompts = self._prompts()
-                was_training = module.training
-                pipe = self.pipeline(module, step)
-                images = pipe(prompts, seed=recipe.train.seed)
-                module.train(was_training)
-                path = recipe.run_dir / "samples" / f"step-{step:08d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture_grid(images).save(path)
+        weights = self.engine.weights_on_first() if self.engine.stage == 3 else None
+        if self.runtime.is_first:
+            module = self.engine.module
+            if weights is not None:
+                # The model in training would wait for the other ranks to bring their parts, at every layer.
+                module = self._build().to(self.engine.dtype)
+                module.load_state_dict(weights)
+                module.to(self.runtime.device)
+            was_training = module.training
+            images = self.pipeline(module, step)(self._prompts(), seed=recipe.train.seed)
+            module.train(was_training)
+            path = recipe.run_dir / "samples" / f"step-{step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture_grid(images).save(path)
         self.engine.barrier()
         return path
 

@@ -3,6 +3,8 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,7 +19,7 @@ INK, GRID, FIRST, SECOND, MARK = "#000001", "#000002", "#000003", "#000004", "#0
 _PAGE_COLORS = {
     INK: "currentColor", GRID: "var(--line)", FIRST: "var(--accent)", SECOND: "var(--second)", MARK: "var(--mark)",
 }  # fmt: skip
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.edgecolor": GRID,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
     "axes.spines.right": False, "grid.color": GRID, "legend.frameon": False,
@@ -74,12 +76,12 @@ def score_chart(summary: Summary, ceilings: Mapping[str, Summary]) -> str:
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 0.36 * len(scores) + 0.9), layout="constrained")
         axes = figure.subplots()
-        axes.barh(places, values, height=0.6, color=FIRST)
+        axes.barh(places, values, height=0.6, color=[FIRST] * len(summary.tasks) + [SECOND])
         axes.errorbar(
             values, places, xerr=np.maximum(errors, 0), fmt="none", ecolor=INK, elinewidth=1.2, capsize=3,
             label="95% interval",
         )  # fmt: skip
-        for (name, ceiling), style in zip(ceilings.items(), ("-", (0, (2, 1.5))), strict=False):
+        for (name, ceiling), style in zip(ceilings.items(), cycle(("-", (0, (2, 1.5)))), strict=False):
             found = [(place, ceiling[s.tag].per_image.value) for place, s in enumerate(scores) if s.tag in ceiling.tags]
             axes.vlines(
                 [value for _, value in found], [place - 0.4 for place, _ in found], [place + 0.4 for place, _ in found],

@@ -109,14 +109,13 @@ def _sheet(files: Sequence[Path]) -> tuple[str, int, int]:
 
 
 def _objects(row: Mapping[str, Any]) -> list[list[Any]]:
-    """What the judge counted in a picture: [label, colour or None, x0, y0, x1, y1] per object, pixels."""
+    """What the judge counted in a picture: [label, score, x0, y0, x1, y1] per object, corners in pixels."""
     colors: dict[str, list[str | None]] = json.loads(row.get("colors", "{}"))
     found = []
     for name, boxes in json.loads(row["details"]).items():
         names = colors.get(name, [None] * len(boxes))
         for (x0, y0, x1, y1, score), color in zip(boxes, names, strict=True):
-            label = f"{color} {name}" if color else name
-            found.append([f"{label} {score:.2f}", color, x0, y0, x1, y1])
+            found.append([f"{color} {name}" if color else name, score, x0, y0, x1, y1])
     return found
 
 

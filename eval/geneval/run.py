@@ -18,7 +18,9 @@ summary.json and the report are of the last call; folders under pictures/ that a
 """
 
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -33,6 +35,7 @@ from rich.console import Console
 from data_pipeline import shapes
 from eval.files import read_jsonl, write_jsonl, write_text
 from eval.generate import generate
+from eval.geneval import scoring
 from eval.geneval.ceiling import ground_truth_pictures, reconstructed_pictures
 from eval.geneval.detectors import Detector, load_detector
 from eval.geneval.judging import Picture, judge_pictures, pictures_of
@@ -99,6 +102,12 @@ def _check(export: _Export, judge: str, images_per_prompt: int, batch_size: int)
 
 def _sha256(document: Any) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
+def _code(detector: Detector) -> str:
+    """SHA-256 of the code that verdicts depend on: those of an older judge must not stand beside a newer one's."""
+    names = (type(detector).__module__, scoring.__name__, shapes.__name__)
+    return _sha256([inspect.getsource(sys.modules[name]) for name in names])
 
 
 def _kept(file: Path, made_from: dict[str, Any], judge: Callable[[], Rows]) -> Rows:
@@ -172,9 +181,7 @@ def run_geneval(
     write_prompts(prompts, out)
 
     folder = out / "pictures" / f"{source.sha256[:12]}-{_sha256(prompts)[:12]}"
-    made = generate(
-        source, prompts, folder, images_per_prompt, batch_size, model=source.sha256, progress=progress
-    )  # fmt: skip
+    made = generate(source, prompts, folder, images_per_prompt, batch_size, model=source.sha256, progress=progress)
 
     def judging(pictures: Iterator[Picture], what: str) -> Rows:
         total = len(prompts) * images_per_prompt
@@ -185,6 +192,7 @@ def run_geneval(
         "images_per_prompt": images_per_prompt,
         "judge": judge,
         "scoring": asdict(detector.scoring),
+        "code": _code(detector),
     }
     results = out / "results.jsonl"
     if made:
@@ -222,6 +230,8 @@ def run_geneval(
     )
     write_report(report, out / "report.html")
     console = Console()
-    console.print(score_table(summary, ceilings, f"GenEval, judge {judge}: {provenance['recipe']}, step {provenance['step']}"))
+    console.print(
+        score_table(summary, ceilings, f"GenEval, judge {judge}: {provenance['recipe']}, step {provenance['step']}")
+    )
     print(f"report: {out / 'report.html'}")
     return summary

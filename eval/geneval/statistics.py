@@ -177,17 +177,18 @@ def score_table(summary: Summary, ceilings: Mapping[str, Summary] | None = None,
     ceilings = ceilings or {}
     table = Table(
         title=title,
-        caption="right pictures with 95% bootstrap intervals over prompts; any: prompts with at least one right picture;\n"
-        "overall: mean of the tasks; ceilings: the judge on pictures known to be right",
+        caption="score: share of right pictures, bootstrapped over prompts\n"
+        "any: share of prompts with at least one right picture; overall: mean of the tasks",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("task", no_wrap=True)
     table.add_column("right", justify="right", no_wrap=True)
     table.add_column("score [95% interval]", justify="right", no_wrap=True)
     table.add_column("any", justify="right", no_wrap=True)
     for name in ceilings:
-        table.add_column(f"ceiling: {name}", justify="right", min_width=max(map(len, name.split())))
+        table.add_column("\n".join(["ceiling:", *name.split()]), justify="right", no_wrap=True)
     for score in (*summary.tasks, summary.overall):
         is_overall = score.tag == "overall"
         if is_overall:

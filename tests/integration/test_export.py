@@ -41,7 +41,9 @@ def test_every_stage_exports_the_same_weights(exported: Stage) -> None:
             assert mine is not None
             assert first is not None
             for name, tensor in mine.state_dict().items():
-                torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=2e-5, msg=lambda m, n=name: n + m)
+                torch.testing.assert_close(
+                    tensor, first.state_dict()[name], rtol=0, atol=2e-5, msg=lambda m, n=name: n + m
+                )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from t2i.config import Recipe, from_json
-from t2i.recipes import RECIPES
 
 from .conftest import ROOT, STEPS, TIMEOUT, environment, execute, free_port, launch, losses, results, rows
 
@@ -129,15 +128,3 @@ def test_mistakes_are_one_line_and_exit_code_2(
     error = alone(recipe_file, *config, "--run-dir", tmp_path, "--data.lanes", "24")
     assert error == "error: global batch 8 is not divisible by 24 lanes; nearest: 24"
     assert not list(tmp_path.iterdir())
-
-
-def test_mistakes_before_anything_is_loaded(recipe_file: Path, tmp_path: Path) -> None:
-    """In this process: nothing is built before these are noticed."""
-    from t2i import train
-
-    def complaint(capsys_run: Callable[[], int]) -> int:
-        return capsys_run()
-
-    assert complaint is not None
-    assert set(RECIPES) >= {"shapes-tiny", "shapes-small", "nar-xl-256", "nar-xl-512"}
-    assert train.main is not None

@@ -95,7 +95,7 @@ def test_pictures_of_other_settings_are_never_mixed(tmp_path: Path) -> None:
     generate(NoisePipeline(), PROMPTS, tmp_path, images_per_prompt=1, model="a", progress=False)
     for changed in ({"model": "b"}, {"model": "a", "seed": 1}, {"model": "a", "sampling": {"top_k": 5}}):
         with pytest.raises(ValueError, match="another model, seed or sampling setting"):
-            generate(NoisePipeline(), PROMPTS, tmp_path, images_per_prompt=1, progress=False, **changed)  # type: ignore[arg-type]
+            generate(NoisePipeline(), PROMPTS, tmp_path, images_per_prompt=1, progress=False, **changed)
     with pytest.raises(ValueError, match="another prompt"):
         generate(NoisePipeline(), PROMPTS[1:], tmp_path, images_per_prompt=1, model="a", progress=False)
 

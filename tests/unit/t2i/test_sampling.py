@@ -132,7 +132,8 @@ def test_guidance_of_one_is_no_guidance_and_zero_ignores_the_caption() -> None:
     model = small_model(small_config((3, 3)))
     one, other = (captions(model.config, [3], seed) for seed in (1, 2))
     assert torch.equal(
-        generate(model, *one, guidance_scale=0.0, temperature=0), generate(model, *other, guidance_scale=0.0, temperature=0)
+        generate(model, *one, guidance_scale=0.0, temperature=0),
+        generate(model, *other, guidance_scale=0.0, temperature=0),
     )
     with torch.no_grad():
         logits = model.logits(generate(model, *one, temperature=0), *one)

@@ -186,7 +186,9 @@ def test_kmeans_with_fewer_points_than_codes_uses_them_all() -> None:
     torch.testing.assert_close((points @ centres.T).amax(1), torch.ones(5))
 
 
-def test_training_twice_from_one_seed_gives_one_tokenizer(raw_shapes: Path, tmp_path: Path, uninterrupted: Path) -> None:
+def test_training_twice_from_one_seed_gives_one_tokenizer(
+    raw_shapes: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
     config = replace(settings(raw_shapes, uninterrupted), out=tmp_path)
     train_tokenizer(config, progress=False)
     assert_same(weights(tmp_path), weights(uninterrupted))

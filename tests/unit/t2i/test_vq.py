@@ -37,7 +37,12 @@ def test_indices_and_reconstruction_are_the_published_ones(reference: Callable[[
     assert torch.equal(indices, fixture.tensors["out.indices"])
     torch.testing.assert_close(pictures, fixture.tensors["out.reconstruction"], rtol=0, atol=1e-4)
     assert vq.config == VQConfig(
-        base_channels=32, channel_multipliers=(1, 1, 2), n_res_blocks=2, z_channels=32, codebook_size=128, codebook_dim=8
+        base_channels=32,
+        channel_multipliers=(1, 1, 2),
+        n_res_blocks=2,
+        z_channels=32,
+        codebook_size=128,
+        codebook_dim=8,
     )
     assert not vq.training
 

@@ -62,11 +62,10 @@ def test_attention_is_causal_by_level(grid: Grid, prefix: int) -> None:
     mask = attention_mask(grid, prefix)
     by_place = [positions(grid)[i] for i in order(grid).tolist()]
     for i, j in itertools.product(range(len(mask)), repeat=2):
-        if i < prefix:
-            expected = j <= i
+        if i < prefix or j < prefix:
+            assert bool(mask[i, j]) == (j <= i), (i, j)
         else:
-            expected = j < prefix or sum(by_place[j - prefix]) <= sum(by_place[i - prefix])
-        assert bool(mask[i, j]) == expected, (i, j)
+            assert bool(mask[i, j]) == (sum(by_place[j - prefix]) <= sum(by_place[i - prefix])), (i, j)
 
 
 @given(grids)

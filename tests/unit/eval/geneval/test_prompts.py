@@ -8,8 +8,15 @@ import pytest
 
 from data_pipeline import shapes
 from data_pipeline.geneval_text import prompt_for
-from eval.geneval.prompts import COCO_CLASSES, COLORS, RELATIONS, coco_prompts, read_prompts, shapes_prompts
-from eval.geneval.prompts import write_prompts
+from eval.geneval.prompts import (
+    COCO_CLASSES,
+    COLORS,
+    RELATIONS,
+    coco_prompts,
+    read_prompts,
+    shapes_prompts,
+    write_prompts,
+)
 
 PUBLISHED = {
     "evaluation_metadata.jsonl": "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13",

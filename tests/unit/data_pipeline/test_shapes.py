@@ -1,0 +1,251 @@
+import json
+from collections import Counter
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.geneval_text import prompt_for
+from data_pipeline.index import ShardSet, build_index
+from data_pipeline.shapes import (
+    BACKGROUNDS,
+    COLORS,
+    GAP,
+    HELD_OUT_PAIRS,
+    IMAGE_SIZE,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    PlacedShape,
+    ShapesSample,
+    evaluation_metadata,
+    ground_truth,
+    shape_mask,
+    training_sample,
+    write_shards,
+)
+
+COMBINATIONS = {"two_object", "position", "color_attr"}
+
+
+@pytest.fixture(scope="module")
+def training() -> list[ShapesSample]:
+    return [training_sample(0, index) for index in range(2000)]
+
+
+def kinds(metadata: dict[str, Any]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for entry in metadata["include"]:
+        counts[entry["class"]] += entry["count"]
+    return counts
+
+
+def pair_of(metadata: dict[str, Any]) -> frozenset[str]:
+    return frozenset(entry["class"] for entry in metadata["include"])
+
+
+def check(sample: ShapesSample) -> None:
+    """Everything that a picture's metadata promises, from the objects that were drawn."""
+    metadata, objects = sample.metadata, sample.objects
+    assert (sample.image.shape, sample.image.dtype) == ((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    assert sample.caption == metadata["prompt"] == prompt_for(metadata["tag"], metadata["include"])
+    assert Counter(o.shape for o in objects) == kinds(metadata)
+    for placed in objects:
+        x0, y0, x1, y1 = placed.box
+        assert min(x0, y0) >= 1
+        assert max(x1, y1) <= IMAGE_SIZE - 1
+    for one, other in combinations(objects, 2):
+        a, b = one.box, other.box
+        gap = max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
+        assert gap >= GAP - 1e-9, (one, other)
+    for entry in metadata["include"]:
+        if "color" in entry:
+            assert [o.color for o in objects if o.shape == entry["class"]] == [entry["color"]] * entry["count"]
+        if "position" in entry:
+            relation, target = entry["position"]
+            assert target == 0
+            assert holds(relation, objects[0], objects[1])
+
+
+def holds(relation: str, anchor: PlacedShape, subject: PlacedShape) -> bool:
+    """The subject's centre lies in that direction of the anchor's, and more so than sideways."""
+    dx, dy = subject.cx - anchor.cx, subject.cy - anchor.cy
+    along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
+    return along > 0 and abs(across) < along
+
+
+def test_training_pictures_are_what_their_captions_say(training: list[ShapesSample]) -> None:
+    for sample in training:
+        check(sample)
+
+
+def test_held_out_pairs_are_never_together_in_training(training: list[ShapesSample]) -> None:
+    for sample in training:
+        drawn = {o.shape for o in sample.objects}
+        assert not any(pair <= drawn for pair in HELD_OUT_PAIRS), sample.caption
+
+
+def test_all_templates_shapes_colors_and_relations_occur(training: list[ShapesSample]) -> None:
+    assert {s.metadata["tag"] for s in training} == set(TASKS)
+    assert {o.shape for s in training for o in s.objects} == set(SHAPES)
+    assert {o.color for s in training for o in s.objects} == set(COLORS)
+    found = {e["position"][0] for s in training for e in s.metadata["include"] if "position" in e}
+    assert found == set(RELATIONS)
+    counting = [s for s in training if s.metadata["tag"] == "counting"]
+    assert {s.metadata["include"][0]["count"] for s in counting} == {2, 3, 4}
+    for sample in counting:
+        (entry,) = sample.metadata["include"]
+        assert sample.metadata["exclude"] == [{"class": entry["class"], "count": entry["count"] + 1}]
+    # Half of the position captions name colours.
+    positions = [s for s in training if s.metadata["tag"] == "position"]
+    colored = sum("color" in s.metadata["include"][0] for s in positions) / len(positions)
+    assert 0.4 < colored < 0.6
+
+
+def test_every_other_pair_is_trained_on(training: list[ShapesSample]) -> None:
+    pairs = {pair_of(s.metadata) for s in training if s.metadata["tag"] in COMBINATIONS}
+    assert pairs == {frozenset(pair) for pair in combinations(SHAPES, 2)} - HELD_OUT_PAIRS
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**31), index=st.integers(0, 2**31))
+def test_a_sample_is_a_function_of_seed_and_index(seed: int, index: int) -> None:
+    one, again = training_sample(seed, index), training_sample(seed, index)
+    np.testing.assert_array_equal(one.image, again.image)
+    assert (one.caption, one.metadata, one.objects) == (again.caption, again.metadata, again.objects)
+    check(one)
+
+
+def test_neighbours_and_seeds_differ() -> None:
+    pictures = [training_sample(seed, index).image.tobytes() for seed in (0, 1) for index in range(50)]
+    assert len(set(pictures)) == 100
+
+
+def test_evaluation_prompts_of_combination_tasks_hold_held_out_pairs_only(training: list[ShapesSample]) -> None:
+    prompts = evaluation_metadata(per_task=2000)
+    sizes = Counter(metadata["tag"] for metadata in prompts)
+    assert sizes == {
+        "single_object": 8, "two_object": 16, "counting": 24, "colors": 80, "position": 64, "color_attr": 1440,
+    }  # fmt: skip
+    for metadata in prompts:
+        if metadata["tag"] in COMBINATIONS:
+            assert pair_of(metadata) in HELD_OUT_PAIRS
+    unseen = {m["prompt"] for m in prompts if m["tag"] in COMBINATIONS}
+    assert not unseen & {s.caption for s in training}
+    assert len({metadata["prompt"] for metadata in prompts}) == len(prompts)
+
+
+def test_held_out_pairs_leave_every_shape_partners() -> None:
+    assert len(HELD_OUT_PAIRS) == 8
+    assert Counter(shape for pair in HELD_OUT_PAIRS for shape in pair) == dict.fromkeys(SHAPES, 2)
+
+
+def test_evaluation_prompts_are_a_function_of_the_seed() -> None:
+    assert evaluation_metadata(10, seed=3) == evaluation_metadata(10, seed=3)
+    assert evaluation_metadata(10, seed=3) != evaluation_metadata(10, seed=4)
+    tags = [metadata["tag"] for metadata in evaluation_metadata(10)]
+    assert tags == sorted(tags, key=TASKS.index)
+    assert Counter(tags) == {tag: 8 if tag == "single_object" else 10 for tag in TASKS}
+    with pytest.raises(ValueError, match="per_task is 0"):
+        evaluation_metadata(0)
+
+
+def test_ground_truth_is_correct_and_unlike_training() -> None:
+    for number, metadata in enumerate(evaluation_metadata(per_task=12, seed=1)):
+        sample = ground_truth(metadata, number)
+        check(sample)
+        assert sample.metadata == metadata
+        np.testing.assert_array_equal(sample.image, ground_truth(metadata, number).image)
+    assert training_sample(5, 0).image.tobytes() != ground_truth(training_sample(5, 0).metadata, 5).image.tobytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masks_are_anti_aliased_and_inside_their_box(shape: str) -> None:
+    mask = shape_mask(shape, 30.0, 33.0, 12.0)
+    assert (mask.shape, mask.dtype) == ((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    assert mask.min() == 0
+    assert mask.max() == 1
+    assert ((mask > 0) & (mask < 1)).any()
+    x0, y0, x1, y1 = PlacedShape(shape, "red", 30.0, 33.0, 12.0).box
+    rows, columns = np.nonzero(mask)
+    assert x0 - 1.5 <= columns.min() <= x0 + 1.5
+    assert x1 - 2.5 <= columns.max() <= x1 + 1.5
+    assert y0 - 1.5 <= rows.min() <= y0 + 1.5
+    assert y1 - 2.5 <= rows.max() <= y1 + 1.5
+    np.testing.assert_allclose(np.roll(mask, 5, axis=1), shape_mask(shape, 35.0, 33.0, 12.0))
+
+
+def test_an_unknown_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown shape 'blob'; choose one of circle"):
+        shape_mask("blob", 32, 32, 10)
+
+
+def test_colors_stand_out_from_each_other_and_from_every_background() -> None:
+    colors = [np.array(color, float) for color in COLORS.values()]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(colors, 2)) > 60
+    assert min(np.linalg.norm(a - np.array(b, float)) for a in colors for b in BACKGROUNDS) >= 60
+
+
+def test_pictures_show_their_objects_in_their_colors(training: list[ShapesSample]) -> None:
+    for sample in training[:200]:
+        for placed in sample.objects:
+            inside = shape_mask(placed.shape, placed.cx, placed.cy, placed.radius) == 1
+            assert (sample.image[inside] == COLORS[placed.color]).all()
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def test_shards_have_the_same_bytes_whoever_writes_them(tmp_path: Path) -> None:
+    write_shards(tmp_path / "one", 25, seed=1, shard_size=10, workers=1)
+    write_shards(tmp_path / "two", 25, seed=1, shard_size=10, workers=2)
+    assert list(tars(tmp_path / "one")) == [f"shapes-{n:06d}.tar" for n in range(3)]
+    assert tars(tmp_path / "one") == tars(tmp_path / "two")
+    write_shards(tmp_path / "other", 25, seed=2, shard_size=10, workers=1)
+    assert all(a != b for a, b in zip(tars(tmp_path / "one").values(), tars(tmp_path / "other").values(), strict=True))
+
+
+def test_an_interrupted_set_is_finished_without_touching_what_is_there(tmp_path: Path) -> None:
+    write_shards(tmp_path, 25, shard_size=10, workers=1)
+    whole = tars(tmp_path)
+    (tmp_path / "shapes-000001.tar").unlink()
+    (tmp_path / ".shapes-000001.tar.partial.host.1").write_bytes(b"half")
+    kept = (tmp_path / "shapes-000002.tar").stat().st_mtime_ns
+    write_shards(tmp_path, 25, shard_size=10, workers=1)
+    assert tars(tmp_path) == whole
+    assert (tmp_path / "shapes-000002.tar").stat().st_mtime_ns == kept
+
+
+def test_a_set_made_with_other_numbers_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, 12, shard_size=10, workers=1)
+    before = tars(tmp_path)
+    for numbers in ({"samples": 13}, {"samples": 12, "seed": 1}, {"samples": 12, "shard_size": 6}):
+        with pytest.raises(ValueError, match="choose another folder"):
+            write_shards(tmp_path, **{"shard_size": 10, "workers": 1} | numbers)
+    assert tars(tmp_path) == before
+
+
+@pytest.mark.parametrize("numbers", [{"samples": 0}, {"shard_size": 0}, {"workers": 0}, {"samples": -5}])
+def test_numbers_below_one_are_refused(tmp_path: Path, numbers: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        write_shards(tmp_path / "out", **{"samples": 4} | numbers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_hold_the_samples(tmp_path: Path, training: list[ShapesSample]) -> None:
+    write_shards(tmp_path, 25, shard_size=10, workers=1)
+    build_index(tmp_path, progress=False)
+    shards = ShardSet(tmp_path)
+    assert len(shards) == 25
+    keys = [shards.key(i) for i in range(25)]
+    assert all(int(b) - int(a) == 1 for a, b in pairwise(keys))
+    for i in range(25):
+        sample = shards.read_raw(i)
+        assert sample.caption == training[i].caption
+        assert sample.label == SHAPES.index(training[i].objects[0].shape)
+        assert json.loads(shards.members(i, ["json"])["json"]) == training[i].metadata

@@ -1,0 +1,197 @@
+import json
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_models import small_config, small_model
+
+from data_pipeline.shapes import training_sample
+from t2i.config import SampleConfig
+from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
+from t2i.text_encoder import TextEncoder, TextEncoderConfig, train_sentencepiece
+from t2i.vq import VQConfig, VQModel, images_to_tensor
+
+PROMPTS = ["a photo of a red circle", "a photo of a blue star above a heart"]
+SAMPLE = SampleConfig(guidance_scale=2.0, temperature=0.9, top_k=7, top_p=0.95)
+VQ = VQConfig(
+    base_channels=8, channel_multipliers=(1, 2), n_res_blocks=1, z_channels=8, codebook_size=11, codebook_dim=4, norm_groups=4
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    path = tmp_path_factory.mktemp("vocabulary") / "spiece.model"
+    train_sentencepiece(PROMPTS, 285, path)
+    torch.manual_seed(0)
+    config = TextEncoderConfig(vocab_size=285, dim=8, n_layer=1, n_head=2, ffn_dim=16, max_length=32)
+    return TextEncoder.from_config(config, path)
+
+
+@pytest.fixture
+def pipe(text_encoder: TextEncoder) -> TextToImagePipeline:
+    torch.manual_seed(0)
+    model = small_model(small_config((4, 4), condition_dim=8, max_condition=32))
+    return TextToImagePipeline(model, VQModel(VQ), text_encoder, SAMPLE, 8, Provenance("test", 3))
+
+
+@pytest.fixture
+def class_pipe() -> TextToImagePipeline:
+    torch.manual_seed(0)
+    model = small_model(small_config((4, 4), condition="class"))
+    return TextToImagePipeline(model, VQModel(VQ), None, SAMPLE, 8, Provenance("test", 3))
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_a_picture_for_each_prompt(pipe: TextToImagePipeline) -> None:
+    images = pipe(PROMPTS, seed=0)
+    assert [(image.mode, image.size) for image in images] == [("RGB", (8, 8))] * 2
+    assert len(pipe(PROMPTS[0], seed=0)) == 1
+    assert len(pipe(iter(PROMPTS), seed=0)) == 2  # type: ignore[arg-type]
+
+
+def test_seeds_decide_the_pixels_whatever_the_batch(pipe: TextToImagePipeline) -> None:
+    both = pixels(pipe(PROMPTS, seed=5))
+    np.testing.assert_array_equal(both, pixels(pipe(PROMPTS, seeds=[5, 6])))
+    np.testing.assert_array_equal(both[1:], pixels(pipe(PROMPTS[1], seed=6)))
+    assert (pixels(pipe(PROMPTS, seed=6)) != both).any()
+
+
+def test_the_exports_sampling_options_hold_unless_given(pipe: TextToImagePipeline) -> None:
+    own = pixels(pipe(PROMPTS, seed=1))
+    options: dict[str, Any] = {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 7, "top_p": 0.95}
+    np.testing.assert_array_equal(own, pixels(pipe(PROMPTS, seed=1, **options)))
+    greedy = pixels(pipe(PROMPTS, seed=1, temperature=0.0))
+    np.testing.assert_array_equal(greedy, pixels(pipe(PROMPTS, seed=2, temperature=0.0)))
+    np.testing.assert_array_equal(
+        pixels(pipe(PROMPTS, seed=1, guidance_scale=0.0))[0], pixels(pipe(PROMPTS[1], seed=1, guidance_scale=0.0))[0]
+    )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "class_pipe"])
+def test_saving_and_loading_gives_the_same_pixels(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    pipe: TextToImagePipeline = request.getfixturevalue(kind)
+    prompts: list[Any] = PROMPTS if kind == "pipe" else [0, 3]
+    pipe.save_pretrained(tmp_path / "export")
+    loaded = TextToImagePipeline.from_pretrained(tmp_path / "export")
+    np.testing.assert_array_equal(pixels(pipe(prompts, seed=0)), pixels(loaded(prompts, seed=0)))
+    assert (loaded.provenance, loaded.sample, loaded.image_size) == (pipe.provenance, pipe.sample, pipe.image_size)
+    for path in (tmp_path / "export").rglob("*"):
+        assert path.stat().st_mode & stat.S_IROTH, path  # not only for whoever exported it
+        assert not path.name.endswith(".partial")
+
+
+def test_a_class_model_draws_numbers(class_pipe: TextToImagePipeline) -> None:
+    np.testing.assert_array_equal(pixels(class_pipe(2, seed=0)), pixels(class_pipe([2], seed=0)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts", "message"),
+    [
+        ("pipe", [], "no prompts"),
+        ("pipe", ["a star", 3], "3 is no caption"),
+        ("class_pipe", ["a star"], "'a star' is no class of this model; give whole numbers from 0 to 3"),
+        ("class_pipe", [0, 4], "4 is no class"),
+        ("class_pipe", -1, "-1 is no class"),
+    ],
+)
+def test_prompts_of_the_wrong_kind_are_refused(
+    kind: str, prompts: Any, message: str, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        request.getfixturevalue(kind)(prompts)
+
+
+def test_options_out_of_range_are_refused(pipe: TextToImagePipeline) -> None:
+    with pytest.raises(ValueError, match="top_p 2"):
+        pipe(PROMPTS, top_p=2.0)
+    with pytest.raises(ValueError, match="1 seeds for 2 samples"):
+        pipe(PROMPTS, seeds=[1])
+
+
+def test_a_caption_longer_than_the_model_takes_keeps_its_end(text_encoder: TextEncoder) -> None:
+    # As training does with stored states.
+    model = small_model(small_config((4, 4), condition_dim=8, max_condition=4))
+    pipe = TextToImagePipeline(model, VQModel(VQ), text_encoder, SAMPLE, 8, Provenance("test", 3))
+    condition, mask = pipe._condition(list(PROMPTS))
+    states, _ = text_encoder.encode(PROMPTS)
+    assert mask is not None
+    assert bool(mask.all())
+    torch.testing.assert_close(condition, states[:, -4:])
+
+
+def test_encode_decode_is_the_tokenizers_reconstruction(pipe: TextToImagePipeline) -> None:
+    images = np.stack([training_sample(0, index).image for index in range(2)])
+    decoded = pipe.encode_decode(images)
+    assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
+    np.testing.assert_array_equal(decoded, pipe.decode(pipe.vq.encode(images_to_tensor(images))))
+
+
+def without_format(folder: Path) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(description | {"format": 99}))
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["tokens.weight"]
+    save_file(weights | {"other": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def with_another_width(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"tokens.weight": torch.zeros(3, 2)}, folder / "model.safetensors")
+
+
+def with_an_unknown_field(folder: Path) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    description["model"]["depth"] = 3
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "is no export: it has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is no export: it has no model.safetensors"),
+        (lambda folder: (folder / "tokenizer" / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda folder: (folder / "text_encoder" / "spiece.model").unlink(), "lacks vocabulary"),
+        (without_format, "has export format 99 and this version reads 1; export it again"),
+        (without_a_weight, r"missing tokens.weight; unexpected other"),
+        (with_another_width, r"tokens.weight is \(3, 2\), expected \(11, 16\)"),
+        (with_an_unknown_field, "depth"),
+    ],
+)
+def test_a_damaged_export_is_refused_by_what_it_lacks(
+    pipe: TextToImagePipeline, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    pipe.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_pictures_are_drawn_in_evaluation_mode(pipe: TextToImagePipeline) -> None:
+    model = small_model(replace(pipe.model.config, dropout=0.9)).train()
+    made = TextToImagePipeline(model, pipe.vq, pipe.text_encoder, SAMPLE, 8, Provenance("test", 1))
+    assert not made.model.training
+    np.testing.assert_array_equal(pixels(made(PROMPTS, seed=0)), pixels(pipe(PROMPTS, seed=0)))
+
+
+@pytest.mark.parametrize(("count", "columns", "size"), [(1, None, (8, 8)), (5, None, (28, 18)), (4, 4, (38, 8))])
+def test_picture_grid(count: int, columns: int | None, size: tuple[int, int]) -> None:
+    images = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(count)]
+    grid = picture_grid(images, columns)
+    assert grid.size == size
+    per_row = (size[0] + 2) // 10
+    for n in range(count):
+        assert grid.getpixel((n % per_row * 10, n // per_row * 10)) == (n, 0, 0)
