@@ -58,7 +58,7 @@ lint: $(INSTALLED)
 	ruff check .
 	ruff format --check .
 	mypy
-	lint-imports
+	lint-imports --no-cache
 
 format: $(INSTALLED)
 	ruff check --fix .

