@@ -67,10 +67,12 @@ BACKGROUNDS = (
     (150, 160, 172), (172, 164, 150), (146, 158, 142), (166, 150, 164), (124, 134, 148), (190, 186, 176),
     (158, 142, 132), (136, 152, 156),
 )  # fmt: skip
-RADIUS_RANGE = {1: (11, 14), 2: (11, 13), 3: (10, 12), 4: (10, 12)}  # pixels, by the number of objects
+RADII = {1: (12, 14), 2: (12, 14), 3: (12,), 4: (10,)}  # pixels, by the number of objects: four of 12 hardly fit
+# Centres lie on a grid of half a token: at every other pixel the outlines would need other tokens to say the same.
+CENTER_STEP = 4
 GAP = 3  # pixels between the bounding boxes of two objects, and 2 to the border
 SUPERSAMPLING = 4
-LAYOUTS_PER_DRAW = 256
+LAYOUTS_PER_DRAW = {1: 2, 2: 256, 3: 512, 4: 2048}  # by the number of objects: about what it takes
 
 
 @dataclass(frozen=True)
@@ -193,16 +195,13 @@ def _place(kinds: list[tuple[str, str]], relation: str | None, rng: np.random.Ge
 
     Draws whole layouts and takes the first in which every pair of bounding boxes is `GAP` pixels apart.
     """
-    low, high = RADIUS_RANGE[len(kinds)]
     unit_boxes_N4 = np.stack([_unit_box(shape) for shape, _ in kinds])
     first, second = np.triu_indices(len(kinds), 1)
     while True:  # four objects of the largest size fit, so this ends, mostly in the first round
-        radii_KN = rng.integers(low, high + 1, size=(LAYOUTS_PER_DRAW, len(kinds)))
-        margin_KN1 = np.ceil(radii_KN * 1.1 + 2)[..., None]
-        # Integer centres: half-pixel edges would only add tokens that say the same.
-        centers_KN2 = np.floor(
-            margin_KN1 + rng.random((*radii_KN.shape, 2)) * (IMAGE_SIZE + 1 - 2 * margin_KN1),
-        )
+        radii_KN = rng.choice(RADII[len(kinds)], size=(LAYOUTS_PER_DRAW[len(kinds)], len(kinds)))
+        first_KN1 = np.ceil((radii_KN * 1.1 + 2) / CENTER_STEP)[..., None]
+        steps_KN1 = IMAGE_SIZE // CENTER_STEP + 1 - 2 * first_KN1
+        centers_KN2 = CENTER_STEP * (first_KN1 + np.floor(rng.random((*radii_KN.shape, 2)) * steps_KN1))
         low_KN2 = centers_KN2 + radii_KN[..., None] * unit_boxes_N4[:, :2]
         high_KN2 = centers_KN2 + radii_KN[..., None] * unit_boxes_N4[:, 2:]
         gaps = np.maximum(low_KN2[:, first] - high_KN2[:, second], low_KN2[:, second] - high_KN2[:, first]).max(-1)

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -106,6 +107,17 @@ def test_initial_weights() -> None:
     assert last.weight[0].any()
     assert not last.weight[1].any()
     assert not every.weight.any()
+
+
+def test_embeddings_that_start_from_codes_are_alike_where_codes_are() -> None:
+    torch.manual_seed(0)
+    codes = F.normalize(torch.randn(300, 8), dim=1)
+    codes[1] = codes[0]
+    weight = Embedding(300, 256, codes).weight.detach()
+    assert weight.std().item() == pytest.approx(Embedding.CODE_STD, rel=0.1)
+    similarity = F.cosine_similarity(weight[:1], weight)
+    assert similarity[1] > 0.95
+    assert torch.corrcoef(torch.stack([similarity, codes @ codes[0]]))[0, 1] > 0.9
 
 
 def test_feed_forward_is_swiglu_of_the_rounded_size() -> None:
