@@ -72,7 +72,7 @@ RADII = {1: (12, 14), 2: (12, 14), 3: (12,), 4: (10,)}  # pixels, by the number 
 CENTER_STEP = 4
 GAP = 3  # pixels between the bounding boxes of two objects, and 2 to the border
 SUPERSAMPLING = 4
-LAYOUTS_PER_DRAW = {1: 2, 2: 256, 3: 512, 4: 2048}  # by the number of objects: about what it takes
+LAYOUTS_PER_DRAW = {1: 2, 2: 256, 3: 512, 4: 512}  # by the number of objects: about what it takes
 
 
 @dataclass(frozen=True)
