@@ -55,10 +55,10 @@ HELD_OUT_PAIRS = frozenset(frozenset((SHAPES[i], SHAPES[(i + 3) % 8])) for i in 
 
 # How often each task's captions occur in training: more where there is more to learn.
 TASK_WEIGHTS = {
-    "single_object": 0.10,
-    "two_object": 0.18,
-    "counting": 0.20,
-    "colors": 0.14,
+    "single_object": 0.08,
+    "two_object": 0.14,
+    "counting": 0.18,
+    "colors": 0.22,
     "position": 0.20,
     "color_attr": 0.18,
 }
@@ -67,10 +67,12 @@ BACKGROUNDS = (
     (150, 160, 172), (172, 164, 150), (146, 158, 142), (166, 150, 164), (124, 134, 148), (190, 186, 176),
     (158, 142, 132), (136, 152, 156),
 )  # fmt: skip
-RADII = {1: (12, 14), 2: (12, 14), 3: (12,), 4: (10,)}  # pixels, by the number of objects: four of 12 hardly fit
-# Centres lie on a grid of half a token: at every other pixel the outlines would need other tokens to say the same.
-CENTER_STEP = 4
-GAP = 3  # pixels between the bounding boxes of two objects, and 2 to the border
+DARKEST = 0.75  # of its colour, where a background is shaded
+# A shape is as large as three tokens of 8x8 pixels less a margin, and its centre is that of a token: few tokens then say
+# what is where, and a small model learns from few pictures to say it.
+RADIUS = 10
+CENTERS = np.arange(12, 53, 8)
+GAP = 2  # pixels between the bounding boxes of two objects
 SUPERSAMPLING = 4
 LAYOUTS_PER_DRAW = {1: 2, 2: 256, 3: 512, 4: 512}  # by the number of objects: about what it takes
 
@@ -132,7 +134,8 @@ def _outline(shape: str) -> np.ndarray:
         y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
         return np.stack([x / 16, (y - 2.5) / 15.5], axis=1)
     if shape == "hexagon":
-        return on_circle(np.arange(0, 360, 60), 1.05)
+        # Flattened: at ten pixels of radius a regular one is a circle but for a pixel here and there.
+        return on_circle(np.arange(0, 360, 60), 1.1) * np.array([1, 0.8])
     raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
 
 
@@ -152,22 +155,12 @@ def shape_mask(shape: str, cx: float, cy: float, radius: float, size: int = IMAG
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A muted background: plain, a linear gradient, a vignette, or soft blotches. float32 [64, 64, 3]."""
-    first, second = (np.array(BACKGROUNDS[i], np.float32) for i in rng.choice(len(BACKGROUNDS), 2, replace=False))
-    x, y = np.meshgrid(np.linspace(-1, 1, IMAGE_SIZE), np.linspace(-1, 1, IMAGE_SIZE))
-    kind = rng.integers(4)
-    if kind == 0:
-        blend = np.zeros_like(x)
-    elif kind == 1:
-        angle = rng.uniform(0, 2 * math.pi)
-        blend = 0.5 + 0.5 * (x * math.cos(angle) + y * math.sin(angle)) / 1.42
-    elif kind == 2:
-        blend = np.clip((x**2 + y**2) / 2, 0, 1)
-    else:
-        coarse = Image.fromarray(rng.uniform(0, 1, (3, 3)).astype(np.float32))
-        blend = np.asarray(coarse.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-        blend = np.clip(blend, 0, 1)
-    return first + (second - first) * blend[..., None].astype(np.float32)
+    """A muted background: plain, darker downwards or to the right, or a vignette. float32 [64, 64, 3]."""
+    light = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], np.float32)
+    x, y = np.meshgrid(np.linspace(0, 1, IMAGE_SIZE), np.linspace(0, 1, IMAGE_SIZE))
+    kinds = [np.zeros_like(x), y, x, ((2 * x - 1) ** 2 + (2 * y - 1) ** 2) / 2]
+    shade = kinds[rng.integers(len(kinds))]
+    return light * (1 - (1 - DARKEST) * shade[..., None].astype(np.float32))
 
 
 def _draw(objects: tuple[PlacedShape, ...], rng: np.random.Generator) -> np.ndarray:
@@ -178,7 +171,7 @@ def _draw(objects: tuple[PlacedShape, ...], rng: np.random.Generator) -> np.ndar
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-def _layouts_hold(relation: str, centers_KN2: np.ndarray, radii_KN: np.ndarray) -> np.ndarray:
+def _layouts_hold(relation: str, centers_KN2: np.ndarray) -> np.ndarray:
     """Which layouts [K] have the second object beyond doubt in that relation to the first.
 
     Its axis dominates, and the objects do not overlap along it.
@@ -187,7 +180,7 @@ def _layouts_hold(relation: str, centers_KN2: np.ndarray, radii_KN: np.ndarray) 
     along, across = {
         "left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx),
     }[relation]  # fmt: skip
-    return (along > 0.9 * radii_KN[:, :2].sum(1)) & (np.abs(across) <= 0.6 * along)
+    return (along > 1.8 * RADIUS) & (np.abs(across) <= 0.6 * along)
 
 
 def _place(kinds: list[tuple[str, str]], relation: str | None, rng: np.random.Generator) -> tuple[PlacedShape, ...]:
@@ -197,22 +190,19 @@ def _place(kinds: list[tuple[str, str]], relation: str | None, rng: np.random.Ge
     """
     unit_boxes_N4 = np.stack([_unit_box(shape) for shape, _ in kinds])
     first, second = np.triu_indices(len(kinds), 1)
-    while True:  # four objects of the largest size fit, so this ends, mostly in the first round
-        radii_KN = rng.choice(RADII[len(kinds)], size=(LAYOUTS_PER_DRAW[len(kinds)], len(kinds)))
-        first_KN1 = np.ceil((radii_KN * 1.1 + 2) / CENTER_STEP)[..., None]
-        steps_KN1 = IMAGE_SIZE // CENTER_STEP + 1 - 2 * first_KN1
-        centers_KN2 = CENTER_STEP * (first_KN1 + np.floor(rng.random((*radii_KN.shape, 2)) * steps_KN1))
-        low_KN2 = centers_KN2 + radii_KN[..., None] * unit_boxes_N4[:, :2]
-        high_KN2 = centers_KN2 + radii_KN[..., None] * unit_boxes_N4[:, 2:]
+    while True:  # four objects fit, so this ends, mostly in the first round
+        centers_KN2 = rng.choice(CENTERS, size=(LAYOUTS_PER_DRAW[len(kinds)], len(kinds), 2))
+        low_KN2 = centers_KN2 + RADIUS * unit_boxes_N4[:, :2]
+        high_KN2 = centers_KN2 + RADIUS * unit_boxes_N4[:, 2:]
         gaps = np.maximum(low_KN2[:, first] - high_KN2[:, second], low_KN2[:, second] - high_KN2[:, first]).max(-1)
         good_K = (gaps >= GAP).all(-1)
         if relation is not None:
-            good_K &= _layouts_hold(relation, centers_KN2, radii_KN)
+            good_K &= _layouts_hold(relation, centers_KN2)
         if good_K.any():
             k = int(good_K.argmax())
             return tuple(
-                PlacedShape(shape, color, float(cx), float(cy), float(radius))
-                for (shape, color), (cx, cy), radius in zip(kinds, centers_KN2[k], radii_KN[k], strict=True)
+                PlacedShape(shape, color, float(cx), float(cy), RADIUS)
+                for (shape, color), (cx, cy) in zip(kinds, centers_KN2[k], strict=True)
             )
 
 

@@ -62,6 +62,9 @@ class ModelConfig:
     uncond_mask: Literal["full", "caption"] = "full"
     """What the unconditional branch attends to: its whole prefix, or (published) as many of the last positions of a
     prefix of `max_condition` as the caption has, which leaks the caption's length."""
+    init_std: float = 0.02
+    """Standard deviation of the weights at the start. 0.02 suits widths of 768 and more; a narrow model learns sooner
+    with about 1 / sqrt(width), with which a map keeps the size of what it is given."""
     zero_init_heads: Literal["last", "all"] = "last"
     dropout: float = 0.1
     """Residual, feed-forward and token dropout while training."""
@@ -72,6 +75,8 @@ class ModelConfig:
         check_grid(self.grid)
         _at_least(self, 1, "vocab_size", "n_layer", "n_head", "width", "condition_dim", "max_condition", "num_classes")
         _share(self, "dropout", "condition_dropout")
+        if self.init_std <= 0:
+            raise ValueError(f"ModelConfig: init_std is {self.init_std}; it must be above 0 (0.02 is usual)")
         if self.width % self.n_head:
             raise ValueError(f"ModelConfig: width {self.width} is not divisible by n_head {self.n_head}; change one")
         head_dim = self.width // self.n_head

@@ -14,42 +14,40 @@ from torch import Tensor, nn
 from t2i.config import ModelConfig
 from t2i.wavefronts import Grid, coordinates, order
 
-INIT_STD = 0.02
-
 
 class Linear(nn.Linear):
-    """Bias-free linear map that starts from normal(0, 0.02)."""
+    """Bias-free linear map that starts from normal(0, std)."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, std: float) -> None:
+        self._std = std
         super().__init__(n_in, n_out, bias=False)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.normal_(self.weight, std=self._std)
 
 
 class Embedding(nn.Embedding):
-    """Embedding table that starts from normal(0, 0.02), or from given vectors.
+    """Embedding table that starts from normal(0, std), or from given vectors.
 
     With `codes_VD`, the code vectors of the image tokenizer, each row starts as a random projection of its code, so that
-    tokens which look alike are alike to the model from the first step.
+    tokens which look alike are alike to the model from the first step. It is then five times as large, so that what the
+    first blocks add to a token does not drown it.
     """
 
-    CODE_STD = 0.1
-
-    def __init__(self, rows: int, width: int, codes_VD: Tensor | None = None) -> None:
-        self._codes_VD = codes_VD
+    def __init__(self, rows: int, width: int, std: float, codes_VD: Tensor | None = None) -> None:
+        self._std, self._codes_VD = std, codes_VD
         super().__init__(rows, width)
         del self._codes_VD
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.normal_(self.weight, std=self._std)
         if self._codes_VD is not None:
             assert len(self._codes_VD) == len(self.weight), (len(self._codes_VD), len(self.weight))
             # In the weight's type and place: under ZeRO-3 that is the engine's.
             codes_VD = self._codes_VD.to(self.weight)
             projected = codes_VD @ torch.randn(codes_VD.shape[1], self.weight.shape[1]).to(self.weight)
             with torch.no_grad():
-                self.weight.mul_(0.25).add_(projected * (self.CODE_STD / projected.std()))
+                self.weight.mul_(0.25).add_(projected * (5 * self._std / projected.std()))
 
 
 class RMSNorm(nn.Module):
@@ -126,8 +124,8 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_dim = config.width // config.n_head
-        self.wqkv = Linear(config.width, (self.n_head + 2 * self.n_kv_head) * self.head_dim)
-        self.wo = Linear(config.width, config.width)
+        self.wqkv = Linear(config.width, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config.init_std)
+        self.wo = Linear(config.width, config.width, config.init_std)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -163,9 +161,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = Linear(config.width, config.hidden)
-        self.w3 = Linear(config.width, config.hidden)
-        self.w2 = Linear(config.hidden, config.width)
+        self.w1 = Linear(config.width, config.hidden, config.init_std)
+        self.w3 = Linear(config.width, config.hidden, config.init_std)
+        self.w2 = Linear(config.hidden, config.width, config.init_std)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +204,7 @@ class AxisHeads(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(RMSNorm(config.width) for _ in range(config.n_axes))
         self.weight = nn.Parameter(torch.empty(config.n_axes, config.vocab_size, config.width))
-        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.normal_(self.weight, std=config.init_std)
         with torch.no_grad():
             self.weight[-1 if config.zero_init_heads == "last" else slice(None)] = 0
 

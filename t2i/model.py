@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i.config import ModelConfig
 from t2i.layers import (
-    INIT_STD,
     AxisHeads,
     Block,
     Embedding,
@@ -79,8 +78,8 @@ class TextPrefix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc1 = Linear(config.condition_dim, config.width)
-        self.fc2 = Linear(config.width, config.width)
+        self.fc1 = Linear(config.condition_dim, config.width, config.init_std)
+        self.fc2 = Linear(config.width, config.width, config.init_std)
         uncond = torch.empty(config.uncond_tokens, config.condition_dim)
         nn.init.normal_(uncond, std=config.condition_dim**-0.5)
         if config.uncond_embedding == "learned":
@@ -118,7 +117,7 @@ class ClassPrefix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_classes = config.num_classes
-        self.embedding = Embedding(config.num_classes + 1, config.width)
+        self.embedding = Embedding(config.num_classes + 1, config.width, config.init_std)
 
     def forward(
         self, labels_B: Tensor, mask_BP: Tensor | None, unconditional_B: Tensor | None
@@ -140,13 +139,13 @@ class NAR(nn.Module):
         super().__init__()
         self.config = config
         self.prefix = TextPrefix(config) if config.condition == "text" else ClassPrefix(config)
-        self.tokens = Embedding(config.vocab_size, config.width, codes_VD)
+        self.tokens = Embedding(config.vocab_size, config.width, config.init_std, codes_VD)
         self.token_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer + config.n_axes - 1))
         self.heads = AxisHeads(config)
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.prefix + self.n_tokens, config.width))
-            nn.init.normal_(self.positions, std=INIT_STD)
+            nn.init.normal_(self.positions, std=config.init_std)
         self.activation_checkpointing = False
 
     @property

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,14 @@ class VQConfig:
     codebook_size: int = 16384
     codebook_dim: int = 8
     norm_groups: int = 32
+    encoder: Literal["convolutional", "patches"] = "convolutional"
+    """`patches` sees the pixels of its own token alone, so that a token says the same wherever it stands: fewer ways to
+    say one thing, which a small model on simple pictures learns sooner. The decoder is the same."""
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self)):
+        if self.encoder not in ("convolutional", "patches"):
+            raise ValueError(f"tokenizer encoder is {self.encoder!r}; it must be convolutional or patches")
+        for name in (f.name for f in fields(self) if f.name != "encoder"):
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
                 if number < 1:
@@ -51,11 +57,11 @@ class TokenizerTraining:
     image_size: int = 64
     model: VQConfig = field(
         default_factory=lambda: VQConfig(
-            base_channels=8, channel_multipliers=(1, 2, 4, 12), n_res_blocks=1, z_channels=96, codebook_size=1024,
-            norm_groups=8,
+            base_channels=8, channel_multipliers=(1, 2, 4, 12), n_res_blocks=1, z_channels=96, codebook_size=512,
+            norm_groups=8, encoder="patches",
         )
     )  # fmt: skip
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 32
     lr: float = 2e-3
     warmup_steps: int = 100

@@ -6,6 +6,7 @@
 
 Structure (LlamaGen, Sun et al. 2024, arXiv 2406.06525, after VQGAN, Esser et al. 2021): convolutional encoder and
 decoder, attention at the lowest resolution, codes and encoder outputs L2-normalised before the nearest one is taken.
+An encoder of single patches can take the place of the convolutional one (`VQConfig.encoder`).
 Parameter names are the published ones, so published weights load as they are (`load_official_vq`).
 
 Shape suffixes: B batch, C channels, D code dimension, H W picture height and width, h w token height and width,
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -138,6 +140,35 @@ class _Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+class _PatchBlock(nn.Module):
+    """Pre-norm MLP on each position by itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, 2 * channels)
+        self.fc2 = nn.Linear(2 * channels, channels)
+
+    def forward(self, x_BhwC: Tensor) -> Tensor:
+        return x_BhwC + self.fc2(F.silu(self.fc1(self.norm(x_BhwC))))
+
+
+class _PatchEncoder(nn.Module):
+    """The pixels of each token, and no others, to its features."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        channels = 2 * config.base_channels * config.channel_multipliers[-1]
+        self.stride = config.stride
+        self.fc_in = nn.Linear(3 * config.stride**2, channels)
+        self.blocks = nn.Sequential(*(_PatchBlock(channels) for _ in range(2 * config.n_res_blocks)))
+        self.fc_out = nn.Linear(channels, config.z_channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        patches = rearrange(x_BCHW, "b c (h p) (w q) -> b h w (p q c)", p=self.stride, q=self.stride)
+        return self.fc_out(self.blocks(self.fc_in(patches))).movedim(-1, 1)
+
+
 class _Decoder(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -179,7 +210,7 @@ class VQModel(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _Encoder(config)
+        self.encoder = _PatchEncoder(config) if config.encoder == "patches" else _Encoder(config)
         self.decoder = _Decoder(config)
         self.quantize = _Codebook(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)

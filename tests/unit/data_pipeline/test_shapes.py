@@ -14,6 +14,7 @@ from data_pipeline.index import ShardSet, build_index
 from data_pipeline.shapes import (
     BACKGROUNDS,
     COLORS,
+    DARKEST,
     GAP,
     HELD_OUT_PAIRS,
     IMAGE_SIZE,
@@ -187,7 +188,8 @@ def test_an_unknown_shape_is_refused() -> None:
 def test_colors_stand_out_from_each_other_and_from_every_background() -> None:
     colors = [np.array(color, float) for color in COLORS.values()]
     assert min(np.linalg.norm(a - b) for a, b in combinations(colors, 2)) > 60
-    assert min(np.linalg.norm(a - np.array(b, float)) for a in colors for b in BACKGROUNDS) >= 60
+    shades = [shade * np.array(b, float) for b in BACKGROUNDS for shade in np.linspace(DARKEST, 1, 6)]
+    assert min(np.linalg.norm(a - b) for a in colors for b in shades) >= 60
 
 
 def test_pictures_show_their_objects_in_their_colors(training: list[ShapesSample]) -> None:

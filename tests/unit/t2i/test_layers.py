@@ -101,7 +101,7 @@ def test_heads_are_the_weighted_mean_of_their_own_logits() -> None:
 
 def test_initial_weights() -> None:
     torch.manual_seed(0)
-    for layer in (Linear(256, 256), Embedding(256, 256)):
+    for layer in (Linear(256, 256, 0.02), Embedding(256, 256, 0.02)):
         assert abs(layer.weight.std().item() - 0.02) < 5e-4
     last, every = AxisHeads(CONFIG), AxisHeads(small_config((3, 4), zero_init_heads="all"))
     assert last.weight[0].any()
@@ -113,8 +113,8 @@ def test_embeddings_that_start_from_codes_are_alike_where_codes_are() -> None:
     torch.manual_seed(0)
     codes = F.normalize(torch.randn(300, 8), dim=1)
     codes[1] = codes[0]
-    weight = Embedding(300, 256, codes).weight.detach()
-    assert weight.std().item() == pytest.approx(Embedding.CODE_STD, rel=0.1)
+    weight = Embedding(300, 256, 0.08, codes).weight.detach()
+    assert weight.std().item() == pytest.approx(0.4, rel=0.1)
     similarity = F.cosine_similarity(weight[:1], weight)
     assert similarity[1] > 0.95
     assert torch.corrcoef(torch.stack([similarity, codes @ codes[0]]))[0, 1] > 0.9

@@ -1,6 +1,7 @@
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def test_indices_and_reconstruction_are_the_published_ones(reference: Callable[[
         codebook_dim=8,
     )
     assert not vq.training
+
+
+def test_a_patch_encoder_sees_the_pixels_of_its_own_token_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vq = VQModel(replace(SMALL, encoder="patches")).eval()
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    features = vq.features(images)
+    assert features.shape == (2, 4, 4, 6)
+    changed = images.clone()
+    changed[:, :, 2:4, 4:6] = 0
+    differs = (vq.features(changed) != features).any(1)
+    assert differs[:, 1, 2].all()
+    assert differs.sum() == 2
+    vq.save(tmp_path)
+    assert torch.equal(load_vq(str(tmp_path)).encode(images), vq.encode(images))
 
 
 def test_every_published_key_that_does_not_fit_is_listed(reference: Callable[[str], Any]) -> None:
@@ -106,6 +122,7 @@ def test_a_picture_that_does_not_divide_into_tokens_is_refused(size: tuple[int, 
         ({"codebook_size": 0}, "codebook_size is 0"),
         ({"codebook_size": 65537}, "at most 65536"),
         ({"channel_multipliers": (1, 0)}, r"channel_multipliers is \(1, 0\)"),
+        ({"encoder": "vit"}, "encoder is 'vit'; it must be convolutional or patches"),
         ({"base_channels": 40}, "40 channels at one level, not divisible by norm_groups 32"),
     ],
 )
