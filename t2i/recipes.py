@@ -85,7 +85,7 @@ def shapes_tiny() -> Recipe:
     return Recipe(
         name="shapes-tiny",
         model=ModelConfig(
-            grid=(8, 8), vocab_size=1024, n_layer=5, n_head=4, width=128, condition_dim=128, max_condition=32,
+            grid=(8, 8), vocab_size=512, n_layer=3, n_head=4, width=128, init_std=0.08, condition_dim=128, max_condition=32,
             dropout=0.0,
         ),
         tokenizer="shapes",
