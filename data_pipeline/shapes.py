@@ -55,12 +55,12 @@ HELD_OUT_PAIRS = frozenset(frozenset((SHAPES[i], SHAPES[(i + 3) % 8])) for i in 
 
 # How often each task's captions occur in training: more where there is more to learn.
 TASK_WEIGHTS = {
-    "single_object": 0.08,
-    "two_object": 0.14,
-    "counting": 0.18,
-    "colors": 0.22,
-    "position": 0.20,
-    "color_attr": 0.18,
+    "single_object": 0.06,
+    "two_object": 0.10,
+    "counting": 0.14,
+    "colors": 0.30,
+    "position": 0.18,
+    "color_attr": 0.22,
 }
 # Background colours, all at least 60 RGB units from each of the ten object colours.
 BACKGROUNDS = (
@@ -211,8 +211,8 @@ def _sample(metadata: dict[str, Any], rng: np.random.Generator) -> ShapesSample:
     relation = None
     for entry in metadata["include"]:
         relation = entry.get("position", [relation])[0]
-        for _ in range(entry["count"]):
-            kinds.append((entry["class"], entry.get("color") or str(rng.choice(list(COLORS)))))
+        color = entry.get("color") or str(rng.choice(list(COLORS)))
+        kinds += [(entry["class"], color)] * entry["count"]  # what is counted is of one colour
     objects = _place(kinds, relation, rng)
     return ShapesSample(_draw(objects, rng), metadata["prompt"], metadata, objects)
 

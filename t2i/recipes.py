@@ -85,7 +85,7 @@ def shapes_tiny() -> Recipe:
     return Recipe(
         name="shapes-tiny",
         model=ModelConfig(
-            grid=(8, 8), vocab_size=512, n_layer=3, n_head=4, width=128, init_std=0.08, condition_dim=128, max_condition=32,
+            grid=(8, 8), vocab_size=512, n_layer=2, n_head=4, width=128, init_std=0.08, condition_dim=128, max_condition=32,
             dropout=0.0,
         ),
         tokenizer="shapes",
@@ -93,8 +93,8 @@ def shapes_tiny() -> Recipe:
         text_encoder=TextEncoderConfig(vocab_size=320, dim=128, n_layer=2, n_head=4, ffn_dim=256, max_length=32),
         data=DataConfig(path=Path("data/shapes-encoded"), lanes=16, workers=1, validation=256),
         train=TrainConfig(
-            steps=3200, lr=2e-3, warmup_steps=100, token_init="codebook", log_every=20, validate_every=400, sample_every=800,
-            sample_prompts=SHAPES_PROMPTS, save_every=400,
+            steps=6000, lr=2e-3, warmup_steps=100, token_init="codebook", log_every=20, validate_every=500, sample_every=1500,
+            sample_prompts=SHAPES_PROMPTS, save_every=1000,
         ),
         sample=SampleConfig(guidance_scale=3.0, temperature=1.0),
         run_dir=Path("runs/shapes-tiny"),

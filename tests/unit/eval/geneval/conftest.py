@@ -26,7 +26,7 @@ def make_export(tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
         torch.manual_seed(seed)
         folder = folder or tmp_path_factory.mktemp("export")
         config = ModelConfig(
-            grid=(8, 8), vocab_size=1024, n_layer=1, n_head=2, width=16, condition_dim=16, max_condition=32, dropout=0.0
+            grid=(8, 8), vocab_size=512, n_layer=1, n_head=2, width=16, condition_dim=16, max_condition=32, dropout=0.0
         )
         text_encoder = TextEncoder.from_config(
             TextEncoderConfig(vocab_size=310, dim=16, n_layer=1, n_head=2, ffn_dim=16, max_length=32), vocabulary
