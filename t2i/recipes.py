@@ -96,7 +96,7 @@ def shapes_tiny() -> Recipe:
             steps=6000, lr=2e-3, warmup_steps=100, token_init="codebook", log_every=20, validate_every=500, sample_every=1500,
             sample_prompts=SHAPES_PROMPTS, save_every=1000,
         ),
-        sample=SampleConfig(guidance_scale=3.0, temperature=1.0),
+        sample=SampleConfig(guidance_scale=3.0, temperature=0.5),
         run_dir=Path("runs/shapes-tiny"),
     )  # fmt: skip
 
