@@ -38,7 +38,7 @@ def test_the_manifest_says_how_the_set_was_encoded(encoded_shapes: Path) -> None
         "crop": CROP_POLICY,
         "image_size": 64,
         "grid": [8, 8],
-        "codebook_size": 1024,
+        "codebook_size": 512,
     }
 
 

@@ -62,7 +62,7 @@ def test_raw_shards_are_refused(recipe: Recipe, raw_shapes: Path) -> None:
     ("changes", "message"),
     [
         ({"model": {"grid": (4, 4)}}, r"encoded with grid \[8, 8\] and recipe shapes-tiny needs \[4, 4\]"),
-        ({"model": {"vocab_size": 512}}, "encoded with codebook_size 1024 and recipe shapes-tiny needs 512"),
+        ({"model": {"vocab_size": 1024}}, "encoded with codebook_size 512 and recipe shapes-tiny needs 1024"),
         ({"image_size": 32}, "encoded with image_size 64 and recipe shapes-tiny needs 32"),
         ({"data": {"validation": 81}}, "too few for 16 lanes"),
         ({"data": {"lanes": 128}}, "has 96 samples, 16 of them for validation, too few for 128 lanes"),
