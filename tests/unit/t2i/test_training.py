@@ -77,7 +77,7 @@ def test_shards_that_do_not_fit_the_recipe_are_refused(recipe: Recipe, changes: 
 
 
 def test_shards_of_another_tokenizer_are_refused(recipe: Recipe, tmp_path: Path) -> None:
-    VQModel(VQConfig(base_channels=32, channel_multipliers=(1,), codebook_size=1024)).save(tmp_path / "vq")
+    VQModel(VQConfig(base_channels=32, channel_multipliers=(1,), codebook_size=512)).save(tmp_path / "vq")
     with pytest.raises(ValueError, match=r"encoded with tokenizer_sha256 .*; encode it for this recipe"):
         check_data(replace(recipe, tokenizer=str(tmp_path / "vq")), ShardSet(recipe.data.path))
 
