@@ -180,6 +180,20 @@ def test_masks_are_anti_aliased_and_inside_their_box(shape: str) -> None:
     np.testing.assert_allclose(np.roll(mask, 5, axis=1), shape_mask(shape, 35.0, 33.0, 12.0))
 
 
+def test_what_is_counted_is_of_one_color(training: list[ShapesSample]) -> None:
+    counted = [sample for sample in training if sample.metadata["tag"] == "counting"]
+    assert counted
+    assert all(len({placed.color for placed in sample.objects}) == 1 for sample in counted)
+
+
+def test_a_shape_fills_three_by_three_tokens(training: list[ShapesSample]) -> None:
+    for sample in training:
+        for placed in sample.objects:
+            assert placed.cx % 8 == placed.cy % 8 == 4
+            x0, y0, x1, y1 = placed.box
+            assert min(x0 - (placed.cx - 12), y0 - (placed.cy - 12), placed.cx + 12 - x1, placed.cy + 12 - y1) >= 0
+
+
 def test_an_unknown_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown shape 'blob'; choose one of circle"):
         shape_mask("blob", 32, 32, 10)

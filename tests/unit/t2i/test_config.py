@@ -62,6 +62,7 @@ def test_json_round_trip_keeps_numbers_and_text(
         (ModelConfig, {"width": 770}, "width 770 is not divisible by n_head 12"),
         (ModelConfig, {"width": 72, "n_head": 12}, "head dimension divisible by 4"),
         (ModelConfig, {"grid": (4, 8, 8)}, "use positions 'learned'"),
+        (ModelConfig, {"init_std": 0.0}, "init_std is 0.0; it must be above 0"),
         (ModelConfig, {"uncond_tokens": 0}, "uncond_tokens is 0"),
         (ModelConfig, {"uncond_tokens": 121}, r"must be in 1..max_condition \(120\)"),
         (ModelConfig, {"uncond_mask": "caption"}, "needs uncond_tokens 120"),

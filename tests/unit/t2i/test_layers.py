@@ -19,6 +19,7 @@ from t2i.layers import (
     rotary_table,
     rotate,
 )
+from t2i.model import NAR
 from t2i.wavefronts import coordinates, head_weights, order
 
 CONFIG = small_config((3, 4))
@@ -107,6 +108,16 @@ def test_initial_weights() -> None:
     assert last.weight[0].any()
     assert not last.weight[1].any()
     assert not every.weight.any()
+
+
+def test_every_matrix_of_a_model_starts_from_the_std_of_its_configuration() -> None:
+    torch.manual_seed(0)
+    model = NAR(small_config((3, 4), width=64, init_std=0.3))
+    matrices = {k: v for k, v in model.named_parameters() if v.ndim > 1 and not k.endswith("uncond") and v.any()}
+    assert len(matrices) >= 9
+    for name, weight in matrices.items():
+        drawn = weight[:-1] if name == "heads.weight" else weight  # the last head starts at zero
+        assert drawn.std().item() == pytest.approx(0.3, rel=0.15), name
 
 
 def test_embeddings_that_start_from_codes_are_alike_where_codes_are() -> None:
