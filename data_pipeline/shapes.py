@@ -55,24 +55,24 @@ HELD_OUT_PAIRS = frozenset(frozenset((SHAPES[i], SHAPES[(i + 3) % 8])) for i in 
 
 # How often each task's captions occur in training: more where there is more to learn.
 TASK_WEIGHTS = {
-    "single_object": 0.06,
-    "two_object": 0.10,
-    "counting": 0.14,
-    "colors": 0.30,
-    "position": 0.18,
-    "color_attr": 0.22,
+    "single_object": 0.05,
+    "two_object": 0.15,
+    "counting": 0.15,
+    "colors": 0.20,
+    "position": 0.21,
+    "color_attr": 0.24,
 }
 # Background colours, all at least 60 RGB units from each of the ten object colours.
 BACKGROUNDS = (
-    (150, 160, 172), (172, 164, 150), (146, 158, 142), (166, 150, 164), (124, 134, 148), (190, 186, 176),
-    (158, 142, 132), (136, 152, 156),
+    (150, 160, 172), (172, 164, 150), (146, 158, 142), (166, 150, 164), (140, 150, 160), (172, 170, 162),
+    (158, 146, 138), (138, 154, 156),
 )  # fmt: skip
-DARKEST = 0.75  # of its colour, where a background is shaded
-# A shape is as large as three tokens of 8x8 pixels less a margin, and its centre is that of a token: few tokens then say
-# what is where, and a small model learns from few pictures to say it.
-RADIUS = 10
-CENTERS = np.arange(12, 53, 8)
-GAP = 2  # pixels between the bounding boxes of two objects
+DARKEST = 0.9  # of its colour, where a background is shaded
+# A shape fills 2x2 tokens of 8x8 pixels and its centre is where they meet: each token, the first decoded one too, then
+# shows kind and colour, and a small model learns from few pictures to say what is where.
+RADIUS = 7.2
+CENTERS = np.arange(16, 49, 8)
+GAP = 5  # pixels between the bounding boxes of two objects
 SUPERSAMPLING = 4
 LAYOUTS_PER_DRAW = {1: 2, 2: 256, 3: 512, 4: 512}  # by the number of objects: about what it takes
 

@@ -144,8 +144,9 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.05
-    token_init: Literal["normal", "codebook"] = "normal"
-    """How token embeddings start: at random, or from the image tokenizer's code vectors."""
+    head_init: Literal["normal", "codebook"] = "normal"
+    """How the prediction heads start: as the model's configuration says, or from the image tokenizer's code vectors, with
+    which a small model learns from far fewer pictures what words stand for."""
     seed: int = 0
     log_every: int = 10
     validate_every: int = 500

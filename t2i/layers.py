@@ -27,27 +27,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Embedding table that starts from normal(0, std), or from given vectors.
+    """Embedding table that starts from normal(0, std)."""
 
-    With `codes_VD`, the code vectors of the image tokenizer, each row starts as a random projection of its code, so that
-    tokens which look alike are alike to the model from the first step. It is then five times as large, so that what the
-    first blocks add to a token does not drown it.
-    """
-
-    def __init__(self, rows: int, width: int, std: float, codes_VD: Tensor | None = None) -> None:
-        self._std, self._codes_VD = std, codes_VD
+    def __init__(self, rows: int, width: int, std: float) -> None:
+        self._std = std
         super().__init__(rows, width)
-        del self._codes_VD
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self._std)
-        if self._codes_VD is not None:
-            assert len(self._codes_VD) == len(self.weight), (len(self._codes_VD), len(self.weight))
-            # In the weight's type and place: under ZeRO-3 that is the engine's.
-            codes_VD = self._codes_VD.to(self.weight)
-            projected = codes_VD @ torch.randn(codes_VD.shape[1], self.weight.shape[1]).to(self.weight)
-            with torch.no_grad():
-                self.weight.mul_(0.25).add_(projected * (5 * self._std / projected.std()))
 
 
 class RMSNorm(nn.Module):
@@ -192,21 +179,46 @@ class Block(nn.Module):
         return x_BLC + self.feed_forward(self.ffn_norm(x_BLC))
 
 
+CODE_COMPONENTS = 32  # principal components of the codes that heads start from
+CODE_SCALE = 4.0  # of the standard deviation of other weights
+
+
+def project_codes(codes_VD: Tensor, width: int, std: float) -> Tensor:
+    """Code vectors [V, D] to random vectors [V, width] of entries with that standard deviation, alike where the codes are.
+
+    Their first principal components, each scaled to the same spread, times a random matrix from the global generator. On
+    that scale what tells few codes apart, an outline, weighs as much as what tells many, a colour.
+    """
+    left_VK, _, _ = torch.linalg.svd(codes_VD - codes_VD.mean(0), full_matrices=False)
+    whitened_VK = left_VK[:, :CODE_COMPONENTS]
+    # Under ZeRO-3 what is made here comes in the engine's type and place.
+    projected = whitened_VK @ torch.randn(whitened_VK.shape[1], width).to(whitened_VK)
+    return projected * (std / projected.std())
+
+
 class AxisHeads(nn.Module):
     """One prediction head per axis, each a norm and a linear map to the vocabulary, and their weighted mean.
 
     Head a at position q predicts the token at q + e_a; a position's logits are the mean of the predictions made for it
     (NAR, arXiv 2503.10696, section 3). The heads being linear, the mean is one matrix product over the weighted hidden
     states side by side, and no head's own logits ever exist.
+
+    With `codes_VD`, the code vectors of the image tokenizer, every head starts from projections of them: what is learned
+    of one token then holds at once for those that look like it. Otherwise the last one, or all, start at zero.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, codes_VD: Tensor | None = None) -> None:
         super().__init__()
         self.norms = nn.ModuleList(RMSNorm(config.width) for _ in range(config.n_axes))
         self.weight = nn.Parameter(torch.empty(config.n_axes, config.vocab_size, config.width))
         nn.init.normal_(self.weight, std=config.init_std)
         with torch.no_grad():
-            self.weight[-1 if config.zero_init_heads == "last" else slice(None)] = 0
+            if codes_VD is not None:
+                assert len(codes_VD) == config.vocab_size, (len(codes_VD), config.vocab_size)
+                for weight_VC in self.weight:
+                    weight_VC.copy_(project_codes(codes_VD.float(), config.width, CODE_SCALE * config.init_std))
+            else:
+                self.weight[-1 if config.zero_init_heads == "last" else slice(None)] = 0
 
     def forward(self, hidden: list[Tensor], weights_NA: Tensor) -> Tensor:
         """Logits [B, N, V] from the predecessors' hidden states, one [B, N, C] per axis, and the weights of the mean."""

@@ -135,14 +135,14 @@ class NAR(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, codes_VD: Tensor | None = None) -> None:
-        """`codes_VD`: the tokenizer's code vectors, where token embeddings are to start from them."""
+        """`codes_VD`: the tokenizer's code vectors, where the prediction heads are to start from them."""
         super().__init__()
         self.config = config
         self.prefix = TextPrefix(config) if config.condition == "text" else ClassPrefix(config)
-        self.tokens = Embedding(config.vocab_size, config.width, config.init_std, codes_VD)
+        self.tokens = Embedding(config.vocab_size, config.width, config.init_std)
         self.token_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer + config.n_axes - 1))
-        self.heads = AxisHeads(config)
+        self.heads = AxisHeads(config, codes_VD)
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.prefix + self.n_tokens, config.width))
             nn.init.normal_(self.positions, std=config.init_std)

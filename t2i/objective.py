@@ -39,7 +39,7 @@ def build_model(recipe: Recipe, sentencepiece_model: bytes | None, codes_VD: Ten
     """A fresh model of a recipe.
 
     `sentencepiece_model` is the vocabulary of its trained text encoder, if it has one; `codes_VD` are the tokenizer's
-    code vectors, where token embeddings are to start from them.
+    code vectors, where the prediction heads are to start from them.
     """
     text_encoder = None
     if recipe.text_encoder is not None:

@@ -241,20 +241,21 @@ class TextEncoder(nn.Module):
 def _initialise(encoder: nn.Module, config: T5Config) -> None:
     """Draw T5's initial weights (arXiv 1910.10683, Mesh TensorFlow's scales) layer by layer.
 
-    The same distribution as transformers', but drawn through `Module.apply`: DeepSpeed's `zero.Init`
-    partitions a layer as soon as it is built and gathers it again only in there, so under ZeRO-3 whatever an
-    outer module initialises is lost, transformers' own initialisation included.
+    The same distributions as transformers', but for the maps out of attention and feed-forward, which start at zero: the
+    states are then the words' own embeddings at first, and an image model behind them learns the words sooner.
+
+    Drawn through `Module.apply`: DeepSpeed's `zero.Init` partitions a layer as soon as it is built and gathers it again
+    only in there, so under ZeRO-3 whatever an outer module initialises is lost, transformers' own initialisation included.
     """
     deviations: dict[nn.Module, float] = {encoder.embed_tokens: 1.0}  # type: ignore[dict-item]
     for block in encoder.block:  # type: ignore[union-attr]
         attention, feed_forward = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
         deviations[attention.q] = (config.d_model * config.d_kv) ** -0.5  # T5 does not scale its dot products
         deviations[attention.k] = deviations[attention.v] = config.d_model**-0.5
-        deviations[attention.o] = (config.num_heads * config.d_kv) ** -0.5
+        deviations[attention.o] = deviations[feed_forward.wo] = 0.0
         if attention.has_relative_attention_bias:
             deviations[attention.relative_attention_bias] = config.d_model**-0.5
         deviations[feed_forward.wi] = config.d_model**-0.5
-        deviations[feed_forward.wo] = config.d_ff**-0.5
 
     def draw(module: nn.Module) -> None:
         if module in deviations:

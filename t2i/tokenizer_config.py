@@ -58,15 +58,18 @@ class TokenizerTraining:
     model: VQConfig = field(
         default_factory=lambda: VQConfig(
             base_channels=8, channel_multipliers=(1, 2, 4, 12), n_res_blocks=1, z_channels=96, codebook_size=512,
-            norm_groups=8, encoder="patches",
+            codebook_dim=64, norm_groups=8, encoder="patches",
         )
     )  # fmt: skip
-    steps: int = 3000
+    steps: int = 3600
     batch: int = 32
     lr: float = 2e-3
     warmup_steps: int = 100
-    unquantized_steps: int = 300
-    """Steps before the codebook starts."""
+    train_encoder: bool = False
+    """Whether the encoder learns. Left as it starts, an encoder of patches is a random projection of their pixels, and the
+    codebook k-means over it: patches that differ stay different, which a small autoencoder in training forgets."""
+    unquantized_steps: int = 0
+    """Steps before the codebook starts: some hundreds where the encoder learns."""
     commitment: float = 0.25
     revive_every: int = 50
     """Steps after which a code that no position chose is moved onto an encoder output."""

@@ -2,9 +2,9 @@
 
     t2i tokenizer train --data data/shapes-tokenizer --out tokenizers/shapes
 
-Single process. First some steps without quantisation, so that the encoder's outputs mean something; then the codebook
-starts from k-means over them (quantising from step 0 collapses to blurs), and codes that fall out of use are moved
-onto encoder outputs. Resumes from `state.pt` in the output folder by itself. Losses: mean absolute and mean squared
+Single process. The codebook starts from k-means over encoder outputs, and codes that fall out of use are moved onto
+encoder outputs. An encoder that learns should first take some steps without quantisation, so that its outputs mean
+something. Resumes from `state.pt` in the output folder by itself. Losses: mean absolute and mean squared
 error of pixels, and the codebook and commitment terms of VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937, eq. 3).
 
 Shape suffixes: B batch, C channels, D code dimension, H W picture, h w tokens, K codes, N positions (B·h·w).
@@ -32,12 +32,26 @@ from t2i.metrics import open_rows
 from t2i.tokenizer_config import TokenizerTraining
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 
+KMEANS_TRIALS = 8  # about 2 + ln(k), as in the paper
+
 
 def kmeans(points_ND: Tensor, k: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
-    """Spherical k-means over unit vectors [N, D] -> unit-length centres [k, D]; empty clusters restart at a point."""
-    centres_KD = points_ND[torch.randperm(len(points_ND), generator=generator)[:k]].clone()
-    if len(centres_KD) < k:  # fewer points than codes: repeat them, revival spreads the rest
-        centres_KD = centres_KD[torch.arange(k) % len(centres_KD)]
+    """Spherical k-means over unit vectors [N, D] -> unit-length centres [k, D]; empty clusters restart at a point.
+
+    Starts as k-means++ (Arthur and Vassilvitskii 2007), the greedy one: each next centre is the best of some points drawn
+    by their squared distance to the centres so far, so that what is rare and different, objects on much background, gets
+    centres too.
+    """
+    nearest_N = torch.full((len(points_ND),), 1.0)  # 1 - cosine: half the squared distance of unit vectors
+    chosen = []
+    for _ in range(k):
+        # Fewer different points than codes: repeat some, revival spreads the rest.
+        tried_T = torch.multinomial(nearest_N.clamp_min(1e-7), KMEANS_TRIALS, replacement=True, generator=generator)
+        distance_NT = torch.minimum(nearest_N[:, None], 1 - points_ND @ points_ND[tried_T].T)
+        best = distance_NT.sum(0).argmin()
+        nearest_N = distance_NT[:, best]
+        chosen.append(tried_T[best])
+    centres_KD = points_ND[torch.stack(chosen)]
     for _ in range(rounds):
         nearest_N = torch.cat([(chunk @ centres_KD.T).argmax(1) for chunk in points_ND.split(8192)])
         sums_KD = torch.zeros_like(centres_KD).index_add_(0, nearest_N, points_ND)
@@ -62,6 +76,8 @@ class TokenizerTrainer:
         self.read_images = read_images
         torch.manual_seed(config.seed)
         self.model = VQModel(config.model)
+        for module in (self.model.encoder, self.model.quant_conv):
+            module.requires_grad_(config.train_encoder)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
@@ -109,7 +125,7 @@ class TokenizerTrainer:
 
     def start_codebook(self, loader: BatchLoader[Tensor]) -> None:
         """Set the codes to k-means centres of encoder outputs over some batches of the loader."""
-        batches = max(4, math.ceil(self.config.model.codebook_size * 32 / (self.config.batch * self._tokens())))
+        batches = max(4, math.ceil(self.config.model.codebook_size * 128 / (self.config.batch * self._tokens())))
         with torch.no_grad():
             features = [self.model.features(next(loader)[1]).movedim(1, -1).flatten(0, 2) for _ in range(batches)]
             centres_KD = kmeans(torch.cat(features), self.config.model.codebook_size, self._generator())

@@ -130,7 +130,7 @@ class Trainer:
         if recipe.text_encoder is not None:
             vocabulary = broadcast_bytes(runtime, lambda: vocabulary_of(recipe, self.shards))
         # Read here: inside the engine, ZeRO-3 would partition the tokenizer's weights as well.
-        codes_VD = load_vq(recipe.tokenizer).quantize.normalized() if train.token_init == "codebook" else None
+        codes_VD = load_vq(recipe.tokenizer).quantize.normalized() if train.head_init == "codebook" else None
         torch.manual_seed(train.seed)
 
         def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:

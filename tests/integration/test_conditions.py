@@ -35,7 +35,7 @@ def test_classes_in_bf16_under_zero_3(data: Path, tmp_path: Path) -> None:
         small,
         model=replace(small.model, condition="class", num_classes=8, condition_dropout=0.0),
         text_encoder=None,
-        train=replace(small.train, steps=2, sample_prompts=("0", "7"), sample_every=2, token_init="codebook"),
+        train=replace(small.train, steps=2, sample_prompts=("0", "7"), sample_every=2, head_init="codebook"),
         run_dir=tmp_path / "run",
     )
     config = {

@@ -18,6 +18,7 @@ from data_pipeline.shapes import (
     GAP,
     HELD_OUT_PAIRS,
     IMAGE_SIZE,
+    RADIUS,
     RELATIONS,
     SHAPES,
     TASKS,
@@ -186,12 +187,20 @@ def test_what_is_counted_is_of_one_color(training: list[ShapesSample]) -> None:
     assert all(len({placed.color for placed in sample.objects}) == 1 for sample in counted)
 
 
-def test_a_shape_fills_three_by_three_tokens(training: list[ShapesSample]) -> None:
+def test_a_shape_fills_two_by_two_tokens(training: list[ShapesSample]) -> None:
     for sample in training:
         for placed in sample.objects:
-            assert placed.cx % 8 == placed.cy % 8 == 4
+            assert placed.cx % 8 == placed.cy % 8 == 0
             x0, y0, x1, y1 = placed.box
-            assert min(x0 - (placed.cx - 12), y0 - (placed.cy - 12), placed.cx + 12 - x1, placed.cy + 12 - y1) >= 0
+            assert min(x0 - (placed.cx - 8), y0 - (placed.cy - 8), placed.cx + 8 - x1, placed.cy + 8 - y1) >= 0
+
+
+def test_the_first_token_of_a_shape_shows_its_kind() -> None:
+    corners = [shape_mask(shape, 8, 8, RADIUS, 16)[:8, :8] for shape in SHAPES]
+    for i, corner in enumerate(corners):
+        assert corner.sum() >= 12, SHAPES[i]  # pixels of 64
+        for j in range(i):
+            assert np.abs(corner - corners[j]).sum() >= 3, (SHAPES[i], SHAPES[j])
 
 
 def test_an_unknown_shape_is_refused() -> None:

@@ -120,15 +120,22 @@ def test_every_matrix_of_a_model_starts_from_the_std_of_its_configuration() -> N
         assert drawn.std().item() == pytest.approx(0.3, rel=0.15), name
 
 
-def test_embeddings_that_start_from_codes_are_alike_where_codes_are() -> None:
+def test_heads_that_start_from_codes_are_alike_where_codes_are() -> None:
     torch.manual_seed(0)
-    codes = F.normalize(torch.randn(300, 8), dim=1)
+    codes = F.normalize(torch.randn(16, 8), dim=1)
     codes[1] = codes[0]
-    weight = Embedding(300, 256, 0.08, codes).weight.detach()
-    assert weight.std().item() == pytest.approx(0.4, rel=0.1)
-    similarity = F.cosine_similarity(weight[:1], weight)
-    assert similarity[1] > 0.95
-    assert torch.corrcoef(torch.stack([similarity, codes @ codes[0]]))[0, 1] > 0.9
+    codes[:, 0] *= 20  # one direction that outweighs all others must not be all that the heads see
+    heads = AxisHeads(small_config((3, 4), vocab_size=16, width=256, init_std=0.05), codes).weight.detach()
+    assert len(heads) == 2
+    assert not torch.equal(heads[0], heads[1])
+    centred = codes - codes.mean(0)
+    whitened = torch.linalg.svd(centred, full_matrices=False)[0]
+    expected = F.cosine_similarity(whitened[:, None], whitened[None], dim=-1)
+    for weight in heads:
+        assert weight.std().item() == pytest.approx(0.2, rel=0.05)
+        similarity = F.cosine_similarity(weight[:, None], weight[None], dim=-1)
+        assert similarity[0, 1] > 0.999
+        assert torch.corrcoef(torch.stack([similarity.flatten(), expected.flatten()]))[0, 1] > 0.9
 
 
 def test_feed_forward_is_swiglu_of_the_rounded_size() -> None:
