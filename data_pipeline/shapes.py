@@ -7,10 +7,10 @@ run and measured in minutes, because what is in a picture can be told exactly. E
 (seed, index), 64x64 pixels, one to four non-overlapping shapes of eight kinds in GenEval's ten colours over a muted
 background.
 
-The split: the eight unordered pairs of shapes in `HELD_OUT_PAIRS` are never together in a training picture. Evaluation
-prompts of the combination tasks (two_object, position, color_attr) use those pairs only, so their score measures
-composition, not memory. single_object, counting and colors have too few prompts to split; their pictures are still
-drawn from other random numbers.
+The split: each combination task (two_object, position, color_attr) has eight unordered pairs of shapes of its own in
+`HELD_OUT_PAIRS` that no training caption of this task names. Its evaluation prompts use those pairs only, so its score
+measures composition, not memory: the shapes were seen together, but never in such a caption. single_object, counting and
+colors have too few prompts to split; their pictures are still drawn from other random numbers.
 
 A position caption names the colours of its two objects half of the time ("a photo of a red circle left of a blue
 star"); evaluation prompts never do, as in GenEval.
@@ -50,8 +50,12 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 TASKS = TAGS
 RELATIONS = ("left of", "right of", "above", "below")
-# A cycle through the eight shapes in steps of three: every shape is in two held-out pairs and in five that train.
-HELD_OUT_PAIRS = frozenset(frozenset((SHAPES[i], SHAPES[(i + 3) % 8])) for i in range(8))
+# By task, pairs a number of steps apart on the ring of the eight shapes: every shape is in two held-out pairs of a task and in
+# five that train it, and no pair is held out of two tasks.
+HELD_OUT_PAIRS = {
+    task: frozenset(frozenset((SHAPES[i], SHAPES[(i + steps) % 8])) for i in range(8))
+    for task, steps in (("two_object", 3), ("position", 1), ("color_attr", 2))
+}
 
 # How often each task's captions occur in training: more where there is more to learn.
 TASK_WEIGHTS = {
@@ -228,7 +232,7 @@ def _training_metadata(rng: np.random.Generator) -> dict[str, Any]:
     tag = str(rng.choice(TASKS, p=[TASK_WEIGHTS[task] for task in TASKS]))
     while True:
         first, second = (str(s) for s in rng.choice(SHAPES, size=2, replace=False))
-        if frozenset((first, second)) not in HELD_OUT_PAIRS:
+        if frozenset((first, second)) not in HELD_OUT_PAIRS.get(tag, ()):
             break
     color_a, color_b = (str(c) for c in rng.choice(list(COLORS), size=2, replace=False))
     one: dict[str, Any] = {"class": first, "count": 1}
@@ -263,26 +267,28 @@ def evaluation_metadata(per_task: int = 100, seed: int = 0) -> list[dict[str, An
     """The prompts of GenEval-shapes: GenEval metadata, at most `per_task` a task, tasks in GenEval's order.
 
     single_object has 8 prompts, two_object 16, counting 24, colors 80, position 64 and color_attr 1440 to draw from;
-    the combination tasks hold only pairs from `HELD_OUT_PAIRS`. A task with more prompts than `per_task` is a random
+    a combination task holds only its own pairs from `HELD_OUT_PAIRS`. A task with more prompts than `per_task` is a random
     subset that depends on `seed`.
     """
     if per_task < 1:
         raise ValueError(f"per_task is {per_task}; at least one prompt a task is needed")
-    ordered = [pair for p in HELD_OUT_PAIRS for pair in (tuple(sorted(p)), tuple(sorted(p, reverse=True)))]
-    ordered.sort()
+    ordered = {
+        task: sorted((a, b) for pair in pairs for a in pair for b in pair if a != b)
+        for task, pairs in HELD_OUT_PAIRS.items()
+    }
     prompts: dict[str, list[list[dict[str, Any]]]] = {
         "single_object": [[{"class": s, "count": 1}] for s in SHAPES],
-        "two_object": [[{"class": a, "count": 1}, {"class": b, "count": 1}] for a, b in ordered],
+        "two_object": [[{"class": a, "count": 1}, {"class": b, "count": 1}] for a, b in ordered["two_object"]],
         "counting": [[{"class": s, "count": n}] for s in SHAPES for n in (2, 3, 4)],
         "colors": [[{"class": s, "count": 1, "color": c}] for s in SHAPES for c in COLORS],
         "position": [
             [{"class": a, "count": 1}, {"class": b, "count": 1, "position": [relation, 0]}]
-            for a, b in ordered
+            for a, b in ordered["position"]
             for relation in RELATIONS
         ],
         "color_attr": [
             [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}]
-            for a, b in ordered
+            for a, b in ordered["color_attr"]
             for color_a in COLORS
             for color_b in COLORS
             if color_a != color_b
