@@ -98,11 +98,12 @@ def small_recipe(data: Path) -> Recipe:
     return replace(
         tiny,
         name="small",
-        model=replace(tiny.model, n_layer=2, width=32, condition_dim=32, dropout=0.1),
+        model=replace(tiny.model, n_layer=2, width=32, init_std=0.05, condition_dim=32, dropout=0.1),
         text_encoder=replace(tiny.text_encoder, dim=32, n_layer=1, ffn_dim=64),
         data=DataConfig(path=data, lanes=8, validation=VALIDATION, workers=1),
         train=TrainConfig(
-            steps=STEPS, lr=5e-3, warmup_steps=2, log_every=1, validate_every=4, sample_every=4, save_every=4, keep_last=5,
+            steps=STEPS, seed=1, lr=5e-3, warmup_steps=2,
+            log_every=1, validate_every=4, sample_every=4, save_every=4, keep_last=5,
             sample_prompts=("a photo of a red circle", "a photo of two stars"), wandb="disabled",
         ),
     )  # fmt: skip

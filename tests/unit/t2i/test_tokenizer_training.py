@@ -22,7 +22,7 @@ SMALL = VQConfig(
 def settings(raw: Path, out: Path, **changes: Any) -> TokenizerTraining:
     fields: dict[str, Any] = {
         "data": raw, "out": out, "image_size": 16, "model": SMALL, "steps": 12, "batch": 8, "warmup_steps": 2,
-        "unquantized_steps": 3, "revive_every": 2, "validation": 16, "lanes": 4, "save_every": 4,
+        "train_encoder": True, "unquantized_steps": 3, "revive_every": 2, "validation": 16, "lanes": 4, "save_every": 4,
     }  # fmt: skip
     return TokenizerTraining(**fields | changes)
 
@@ -105,6 +105,27 @@ def test_loss_goes_down(raw_shapes: Path, tmp_path: Path) -> None:
     train_tokenizer(config, progress=False)
     losses = [row["l1"] for row in rows(tmp_path) if "l1" in row]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_encoder_learns_only_where_it_is_told_to(raw_shapes: Path, tmp_path: Path, learns: bool) -> None:
+    trainer = TokenizerTrainer(settings(raw_shapes, tmp_path, train_encoder=learns, unquantized_steps=0), read_images)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.train_step(read_images([trainer.shards.read_raw(i) for i in range(8)]))
+    changed = {
+        name.split(".")[0] for name, weight in trainer.model.state_dict().items() if not weight.equal(before[name])
+    }
+    assert changed == {"decoder", "post_quant_conv", "quantize"} | ({"encoder", "quant_conv"} if learns else set())
+
+
+def test_k_means_gives_a_centre_to_what_is_rare() -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(12, 32, generator=generator), dim=1)
+    numbers = torch.cat([torch.zeros(5000, dtype=torch.long), torch.arange(1, 12).repeat_interleave(3)])
+    points = F.normalize(directions[numbers] + 0.002 * torch.randn(len(numbers), 32, generator=generator), dim=1)
+    for seed in range(5):
+        centres = kmeans(points, 16, torch.Generator().manual_seed(seed))
+        assert (directions @ centres.T).amax(1).min() > 0.98
 
 
 def test_revival_puts_unused_codes_to_use(raw_shapes: Path, tmp_path: Path) -> None:
