@@ -66,7 +66,7 @@ class TokenizerTraining:
     lr: float = 2e-3
     warmup_steps: int = 100
     train_encoder: bool = False
-    """Whether the encoder learns. Left as it starts, an encoder of patches is a random projection of their pixels, and the
+    """Whether the encoder learns. Left as it starts, an encoder of patches is a random map of their pixels, and the
     codebook k-means over it: patches that differ stay different, which a small autoencoder in training forgets."""
     unquantized_steps: int = 0
     """Steps before the codebook starts: some hundreds where the encoder learns."""

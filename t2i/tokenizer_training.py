@@ -32,7 +32,7 @@ from t2i.metrics import open_rows
 from t2i.tokenizer_config import TokenizerTraining
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 
-KMEANS_TRIALS = 8  # about 2 + ln(k), as in the paper
+KMEANS_TRIALS = 8  # about 2 + ln(k) for some hundreds of codes
 
 
 def kmeans(points_ND: Tensor, k: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
