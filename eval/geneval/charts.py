@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from eval.geneval.statistics import Summary
 
@@ -58,6 +59,11 @@ def loss_chart(training: Points, validation: Points) -> str:
             axes.plot(*_thinned(training), color=FIRST, linewidth=1.3, label="training")
         if validation:
             axes.plot(*_thinned(validation), color=SECOND, linewidth=1.6, marker="o", markersize=3, label="validation")
+        # The first points, from a loss of ln(vocabulary) or more, would flatten everything that follows.
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
         axes.set_ylabel("cross-entropy, nats a token")
         axes.grid(axis="y", linewidth=0.6)
