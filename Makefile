@@ -10,6 +10,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 RUN := runs/shapes-tiny
 EXPORT := exports/shapes-tiny
 export PATH := $(abspath $(VENV)/bin):$(PATH)
@@ -24,10 +25,14 @@ help:
 $(INSTALLED): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.11 or newer, or give PYTHON=" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[eval]'
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[eval,dev]'
 	touch $@
 
-install: $(INSTALLED)
+install: $(INSTALLED_DEV)
 
 # One step a line of the recipe below, echoed before it runs. The encoded set, the run, the export and the pictures each
 # go on where they were; the training command resumes from its newest checkpoint.
@@ -48,19 +53,19 @@ quickstart: $(INSTALLED)
 		eval "$$step" </dev/null
 	done <<< "$$QUICKSTART"
 
-test: $(INSTALLED)
+test: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 python -m pytest tests
 
-test-fast: $(INSTALLED)
+test-fast: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 python -m pytest tests -m "not slow"
 
-lint: $(INSTALLED)
+lint: $(INSTALLED_DEV)
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports --no-cache
 
-format: $(INSTALLED)
+format: $(INSTALLED_DEV)
 	ruff check --fix .
 	ruff format .
 
