@@ -2,10 +2,11 @@
 
 Everything this package leaves on disk goes through `replacing`: bytes land in a temporary file beside the
 target, are flushed to the device, and take the target's name in one step. A process killed at any moment
-leaves the old file, the new file, or a temporary one that nothing reads.
+leaves the old file, the new file, or a temporary one that nothing reads and that the next writer of the same path removes.
 """
 
 import contextlib
+import glob
 import os
 import socket
 from collections.abc import Iterator
@@ -39,12 +40,32 @@ def replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if not exclusive:
+        _remove_leftovers(path)
     # Without this the rename itself may not survive a power cut.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `path` whose processes ran on this host and do not any more."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial.{glob.escape(socket.gethostname())}.*"):
+        process = leftover.name.rpartition(".")[2]
+        if process.isdecimal() and not _runs(int(process)):
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,3 +1,7 @@
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,23 @@ def test_an_exclusive_writer_replaces_what_a_killed_one_left(tmp_path: Path) -> 
         stream.write(b"whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
     assert (tmp_path / "a.tar").read_bytes() == b"whole"
+
+
+def test_a_later_writer_removes_what_a_killed_one_of_this_host_left_and_nothing_else(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    killed.kill()
+    killed.wait()
+    host = socket.gethostname()
+    gone = tmp_path / f".a.tar.partial.{host}.{killed.pid}"
+    kept = [
+        tmp_path / name
+        for name in (
+            f".a.tar.partial.{host}.{os.getppid()}",  # still writing
+            f".a.tar.partial.elsewhere.{killed.pid}",
+            f".b.tar.partial.{host}.{killed.pid}",
+        )
+    ]
+    for path in (gone, *kept):
+        path.write_bytes(b"half of it")
+    write_bytes(tmp_path / "a.tar", b"whole")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.tar", *kept])
