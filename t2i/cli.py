@@ -1,4 +1,4 @@
-"""The `t2i` command: data, tokenizer, encoding, export, sampling, evaluation. `t2i --help` lists what there is.
+"""The `t2i` command: data, tokenizer, encoding, export, sampling, evaluation.
 
 Training has an entry point of its own, for the launcher: `deepspeed t2i/train.py RECIPE ...`. Handlers import what they
 need when they run, so that help is quick and an installation without the `eval` extra works.
@@ -16,6 +16,11 @@ from t2i.tokenizer_config import TokenizerTraining
 
 EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
 """What the `eval` extra installs."""
+
+HELP = (
+    "From image-text pairs to a text-to-image model and its score. In order: data, encode, then training with "
+    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval."
+)
 
 app = SubcommandApp()
 data = SubcommandApp()
@@ -239,10 +244,13 @@ def main() -> None:
     # Started under the DeepSpeed launcher, which puts this before everything else and also sets LOCAL_RANK.
     args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")]
     try:
-        app.cli(prog="t2i", args=args, description=__doc__)
-    except ValueError as error:
+        app.cli(prog="t2i", args=args, description=HELP)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in EVAL_MODULES:
             raise

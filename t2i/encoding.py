@@ -37,7 +37,8 @@ def encode(
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     vq = load_vq(tokenizer).to(device)
     stride = vq.config.stride
     if image_size % stride:

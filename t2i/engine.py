@@ -49,7 +49,10 @@ def start_runtime() -> Runtime:
         # Its shared-memory all-reduce would be compiled at every first start, and leaves files in /dev/shm for good.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Processes with more threads than cores between them wait for each other at every product.
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+        local_ranks = int(
+            os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"]
+        )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # ZeRO makes groups of its own, which take the default timeout, not the one given to init_distributed.

@@ -143,6 +143,8 @@ class TextToImagePipeline:
         """Write everything to one folder: JSON, safetensors and the vocabulary; `config.json` last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # An export that is written over is none until it is whole again.
+        (folder / "config.json").unlink(missing_ok=True)
         self.vq.save(folder / "tokenizer")
         if self.text_encoder is not None:
             self.text_encoder.save_pretrained(folder / "text_encoder")
@@ -188,7 +190,7 @@ class TextToImagePipeline:
         pipe = cls(
             model,
             VQModel.from_folder(folder / "tokenizer"),
-            TextEncoder.from_pretrained(str(folder / "text_encoder")) if config.condition == "text" else None,
+            TextEncoder.from_pretrained(folder / "text_encoder") if config.condition == "text" else None,
             from_json(SampleConfig, json.dumps(description["sample"])),
             description["image_size"],
             Provenance(**description["provenance"]),

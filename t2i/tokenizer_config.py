@@ -48,7 +48,7 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class TokenizerTraining:
-    """How to train a tokenizer; the defaults made the one that the package ships for shapes."""
+    """How to train a tokenizer; the defaults are those of the one that the package ships for shapes."""
 
     data: Path
     """Folder of indexed image-text tars."""

@@ -193,7 +193,7 @@ class TokenizerTrainer:
         """PSNR (dB) of reconstructions and share of the codebook in use, on the validation samples."""
         self.model.eval()
         numbers = range(len(self.shards) - self.config.validation, len(self.shards))
-        squared, used_K, entropy_K = 0.0, torch.zeros(len(self.usage_K)), None
+        squared, used_K = 0.0, torch.zeros(len(self.usage_K))
         for start in range(0, len(numbers), self.config.batch):
             batch = [self.shards.read_raw(i) for i in numbers[start : start + self.config.batch]]
             images = self.read_images(batch)
@@ -207,11 +207,11 @@ class TokenizerTrainer:
                 Image.fromarray(grid).save(preview)
         self.model.train()
         share_K = used_K / used_K.sum()
-        entropy_K = -(share_K * share_K.clamp_min(1e-12).log()).sum().item()
+        entropy = -(share_K * share_K.clamp_min(1e-12).log()).sum().item()
         return {
             "psnr": 10 * math.log10(4 / (squared / len(numbers))),
             "codebook_use": (used_K > 0).float().mean().item(),
-            "perplexity": math.exp(entropy_K),
+            "perplexity": math.exp(entropy),
         }
 
 

@@ -125,7 +125,8 @@ def coco_prompts(per_task: int = 100, seed: int = 43) -> list[Metadata]:
 
 
 def shapes_prompts(per_task: int = 100, seed: int = 0) -> list[Metadata]:
-    """The six tasks over the embedded shapes; combination tasks ask only for pairs that training never showed.
+    """The six tasks over the embedded shapes; combination tasks ask only for pairs that no training caption
+    of the same task names.
 
     Raises:
         ValueError: `per_task` is below 1.

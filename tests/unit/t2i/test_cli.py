@@ -65,6 +65,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
     ("arguments", "message"),
     [
         (["data", "shapes", "--out", "OUT", "--samples", "0"], "samples (0)"),
+        (["data", "shapes", "--out", "/dev/null"], "/dev/null"),
         (["data", "index", "OUT"], "is not a folder"),
         (["data", "ingest", "OUT/none.csv", "--out", "OUT"], "none.csv"),
         (["tokenizer", "train", "--data", "OUT", "--out", "OUT", "--image-size", "30"], "not a multiple of the stride"),
@@ -130,3 +131,14 @@ def test_data_commands_work(
     assert call(monkeypatch, "data", "ingest", pairs, "--out", tmp_path / "ingested", "--lowercase") == 0
     assert call(monkeypatch, "data", "index", tmp_path / "ingested") == 0
     assert load_manifest(tmp_path / "ingested").samples == 3
+
+
+def test_ctrl_c_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_pipeline.shapes.write_shards", interrupted)
+    assert call(monkeypatch, "data", "shapes", "--out", tmp_path / "set") == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on where it stopped\n"

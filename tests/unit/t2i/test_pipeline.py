@@ -195,3 +195,18 @@ def test_picture_grid(count: int, columns: int | None, size: tuple[int, int]) ->
     per_row = (size[0] + 2) // 10
     for n in range(count):
         assert grid.getpixel((n % per_row * 10, n // per_row * 10)) == (n, 0, 0)
+
+
+def test_an_export_cut_off_while_it_is_written_over_is_none(
+    pipe: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.save_pretrained(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe.vq, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no export: it has no config\.json"):
+        TextToImagePipeline.from_pretrained(tmp_path)
