@@ -34,8 +34,8 @@ $(INSTALLED_DEV): $(INSTALLED)
 
 install: $(INSTALLED_DEV)
 
-# One step a line of the recipe below, echoed before it runs. The encoded set, the run, the export and the pictures each
-# go on where they were; the training command resumes from its newest checkpoint.
+# One step a line of the recipe below, echoed before it runs. The sets, the run and the pictures go on where they were, the
+# last two from the newest checkpoint and the first picture missing; the export, seconds, is made again.
 define QUICKSTART
 t2i data shapes --out data/shapes --samples 20000
 t2i data index data/shapes

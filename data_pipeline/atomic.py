@@ -2,10 +2,11 @@
 
 Everything this package leaves on disk goes through `replacing`: bytes land in a temporary file beside the
 target, are flushed to the device, and take the target's name in one step. A process killed at any moment
-leaves the old file, the new file, or a temporary one that nothing reads and that the next writer of the same path removes.
+leaves the old file, the new file, or a temporary one that nothing reads and `remove_leftovers` removes.
 """
 
 import contextlib
+import fcntl
 import glob
 import os
 import socket
@@ -33,6 +34,8 @@ def replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         # Few large writes: each one gives up the interpreter lock, which costs more than the write when other
         # threads are decoding.
         with open(temporary, "wb", buffering=_BUFFER) as stream:
+            with contextlib.suppress(OSError):  # no locks on this file system
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -40,8 +43,6 @@ def replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if not exclusive:
-        _remove_leftovers(path)
     # Without this the rename itself may not survive a power cut.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -50,22 +51,16 @@ def replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of `path` whose processes ran on this host and do not any more."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial.{glob.escape(socket.gethostname())}.*"):
-        process = leftover.name.rpartition(".")[2]
-        if process.isdecimal() and not _runs(int(process)):
-            leftover.unlink(missing_ok=True)
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes of this host left anywhere in a folder.
 
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+    For the start of a command that fills the folder. A file that somebody is still writing is locked, and stays; so does
+    every one where the file system has no locks.
+    """
+    for leftover in folder.rglob(f".*.partial.{glob.escape(socket.gethostname())}.*"):
+        with contextlib.suppress(OSError), open(leftover, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.atomic import remove_leftovers
 from data_pipeline.manifest import (
     Manifest,
     ShardInfo,
@@ -66,6 +67,7 @@ def build_index(
     """
     root = Path(root)
     names = find_shards(root)
+    remove_leftovers(root)
     settings = Settings(caption_key, min_size)
     indexes: dict[str, ShardIndex] = {}
     with tqdm(total=len(names), desc="index", unit="shard", disable=not progress) as bar:

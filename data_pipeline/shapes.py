@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data_pipeline.atomic import replacing, write_bytes
+from data_pipeline.atomic import remove_leftovers, replacing, write_bytes
 from data_pipeline.geneval_text import TAGS, prompt_for
 
 IMAGE_SIZE = 64
@@ -342,6 +342,7 @@ def write_shards(out: Path, samples: int, seed: int = 0, shard_size: int = 1000,
     if recorded.exists() and json.loads(recorded.read_text()) != wanted:
         raise ValueError(f"{out} holds shapes made with {recorded.read_text()}, not {wanted}; choose another folder")
     write_bytes(recorded, json.dumps(wanted).encode())
+    remove_leftovers(out)
     shards = math.ceil(samples / shard_size)
     write = partial(_write_shard, out, seed, samples, shard_size)
     with ProcessPoolExecutor(workers) as pool, tqdm(total=samples, desc="shapes", unit="picture") as bar:

@@ -249,7 +249,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; nothing half written will be used, run the same command again", file=sys.stderr)
         sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in EVAL_MODULES:

@@ -15,6 +15,7 @@ from data_pipeline.encode import encode_set
 from data_pipeline.images import CROP_POLICY
 from data_pipeline.manifest import Manifest
 from t2i.text_encoder import TextEncoder, text_encoder_sha256
+from t2i.threads import cores_per_rank
 from t2i.vq import images_to_tensor, load_vq, vq_sha256
 
 
@@ -37,8 +38,7 @@ def encode(
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(cores_per_rank())
     vq = load_vq(tokenizer).to(device)
     stride = vq.config.stride
     if image_size % stride:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from t2i.threads import cores_per_rank
+
 GROUP_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -48,12 +50,7 @@ def start_runtime() -> Runtime:
     if accelerator.device_name() == "cpu":
         # Its shared-memory all-reduce would be compiled at every first start, and leaves files in /dev/shm for good.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Processes with more threads than cores between them wait for each other at every product.
-        # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        local_ranks = int(
-            os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"]
-        )
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(cores_per_rank())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # ZeRO makes groups of its own, which take the default timeout, not the one given to init_distributed.
     dist.distributed_c10d.default_pg_timeout = GROUP_TIMEOUT

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.atomic import write_bytes
+from data_pipeline.atomic import remove_leftovers, write_bytes
 from t2i.config import ModelConfig, SampleConfig, from_json, to_json
 from t2i.model import NAR
 from t2i.sampling import generate
@@ -143,6 +143,7 @@ class TextToImagePipeline:
         """Write everything to one folder: JSON, safetensors and the vocabulary; `config.json` last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         # An export that is written over is none until it is whole again.
         (folder / "config.json").unlink(missing_ok=True)
         self.vq.save(folder / "tokenizer")

@@ -1,4 +1,3 @@
-import os
 import socket
 import subprocess
 import sys
@@ -6,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.atomic import replacing, write_bytes
+from data_pipeline.atomic import remove_leftovers, replacing, write_bytes
 
 
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -41,21 +40,23 @@ def test_an_exclusive_writer_replaces_what_a_killed_one_left(tmp_path: Path) -> 
     assert (tmp_path / "a.tar").read_bytes() == b"whole"
 
 
-def test_a_later_writer_removes_what_a_killed_one_of_this_host_left_and_nothing_else(tmp_path: Path) -> None:
-    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    killed.kill()
-    killed.wait()
-    host = socket.gethostname()
-    gone = tmp_path / f".a.tar.partial.{host}.{killed.pid}"
-    kept = [
-        tmp_path / name
-        for name in (
-            f".a.tar.partial.{host}.{os.getppid()}",  # still writing
-            f".a.tar.partial.elsewhere.{killed.pid}",
-            f".b.tar.partial.{host}.{killed.pid}",
-        )
-    ]
-    for path in (gone, *kept):
-        path.write_bytes(b"half of it")
-    write_bytes(tmp_path / "a.tar", b"whole")
-    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.tar", *kept])
+def test_leftovers_of_this_host_are_removed_unless_somebody_still_writes_them(tmp_path: Path) -> None:
+    writing = "import sys; from pathlib import Path; from data_pipeline.atomic import replacing\n"
+    writing += "with replacing(Path(sys.argv[1])) as stream: print(flush=True); input()"
+    path = tmp_path / "folder" / "a.tar"
+    with subprocess.Popen(
+        [sys.executable, "-c", writing, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        partial = path.with_name(f".a.tar.partial.{socket.gethostname()}.{writer.pid}")
+        elsewhere = tmp_path / f".a.tar.partial.elsewhere.{writer.pid}"
+        elsewhere.write_bytes(b"half of it")
+        remove_leftovers(tmp_path)
+        assert partial.exists()
+        writer.kill()
+        writer.wait()
+        assert partial.exists()
+    remove_leftovers(tmp_path)
+    assert not partial.exists()
+    assert elsewhere.exists()

@@ -141,4 +141,4 @@ def test_ctrl_c_is_one_line(
 
     monkeypatch.setattr("data_pipeline.shapes.write_shards", interrupted)
     assert call(monkeypatch, "data", "shapes", "--out", tmp_path / "set") == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on where it stopped\n"
+    assert capsys.readouterr().err == "interrupted; nothing half written will be used, run the same command again\n"
