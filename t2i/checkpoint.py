@@ -1,8 +1,11 @@
 """Checkpoints: one folder each, whole or never resumed.
 
     RUN/checkpoints/step-00001000/
-        bf16_zero_pp_rank_..., mp_rank_...   model and optimizer shards, written by DeepSpeed
-        checkpoint.json                       step, ranks, ZeRO stage; written last, after every rank is done
+        bf16_zero_pp_rank_..., mp_rank_...   model and optimizer shards, the averaged weights among them: DeepSpeed's
+        recipe.json, spiece.model             the run's recipe, and the vocabulary of a trained text encoder
+        checkpoint.json                       step, ranks, ZeRO stage, checksums; written last, after every rank is done
+
+No state of a random generator is in there: all random numbers of a step are functions of the seed and the step.
 
 A folder without `checkpoint.json` is what an interrupted save left behind; the next save removes it. DeepSpeed's own
 `latest` file is not used: the first rank writes it before the others have finished.
@@ -10,35 +13,89 @@ A folder without `checkpoint.json` is what an interrupted save left behind; the 
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipeline.atomic import write_bytes
+from t2i.config import Recipe, from_json
 from t2i.engine import Engine
 
 MARKER = "checkpoint.json"
+RECIPE = "recipe.json"
+VOCABULARY = "spiece.model"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """SHA-256 of what a run was given besides its recipe: encoded set, image tokenizer, frozen text encoder if any."""
+
+    data: str
+    tokenizer: str
+    text_encoder: str | None
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a whole checkpoint says of itself."""
+    """What a whole checkpoint says of itself; `averaged` is whether it holds a moving average of the weights."""
 
     step: int
     ranks: int
     stage: int
     global_batch: int
+    averaged: bool
+    inputs: Inputs
 
 
-def checkpoints(run_dir: Path) -> list[tuple[CheckpointInfo, Path]]:
-    """The whole checkpoints of a run, oldest first."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    info: CheckpointInfo
+    folder: Path
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run had when it was saved."""
+        return from_json(Recipe, (self.folder / RECIPE).read_bytes())
+
+    def vocabulary(self) -> bytes | None:
+        """The sentencepiece model of a trained text encoder."""
+        path = self.folder / VOCABULARY
+        return path.read_bytes() if path.exists() else None
+
+
+def checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """The whole checkpoints of a run, oldest first. Raises ValueError for one that another version wrote."""
     found = []
     for marker in sorted((run_dir / "checkpoints").glob(f"step-*/{MARKER}")):
-        found.append((CheckpointInfo(**json.loads(marker.read_text())), marker.parent))
-    return sorted(found, key=lambda pair: pair[0].step)
+        try:
+            values = json.loads(marker.read_text())
+            info = CheckpointInfo(**{**values, "inputs": Inputs(**values["inputs"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{marker} is not of this version ({error}); go on with the version that wrote it, or choose another run folder"
+            ) from error
+        found.append(Checkpoint(info, marker.parent))
+    return sorted(found, key=lambda one: one.info.step)
 
 
-def save(engine: Engine, run_dir: Path, step: int, keep_last: int) -> Path:
-    """Write a checkpoint on all ranks, then remove all but the last `keep_last` whole ones."""
+def newest(run_dir: Path) -> Checkpoint | None:
+    """The whole checkpoint that a run goes on from."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def save(
+    engine: Engine,
+    run_dir: Path,
+    step: int,
+    inputs: Inputs,
+    files: Mapping[str, bytes],
+    *,
+    keep_last: int,
+    averaged: bool,
+) -> Path:
+    """Write a checkpoint on all ranks, with `files` beside the shards, then remove all but the last `keep_last` whole ones."""
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     if engine.runtime.is_first:
         for other in (run_dir / "checkpoints").glob("step-*"):
@@ -50,12 +107,14 @@ def save(engine: Engine, run_dir: Path, step: int, keep_last: int) -> Path:
     engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
     engine.barrier()
     if engine.runtime.is_first:
-        info = CheckpointInfo(step, engine.runtime.ranks, engine.stage, engine.global_batch)
+        for name, data in files.items():
+            write_bytes(folder / name, data)
+        info = CheckpointInfo(step, engine.runtime.ranks, engine.stage, engine.global_batch, averaged, inputs)
         write_bytes(folder / MARKER, json.dumps(asdict(info)).encode())
-        for _, old in checkpoints(run_dir)[:-keep_last]:
+        for old in checkpoints(run_dir)[:-keep_last]:
             # Unmarked first: a removal that is cut off must not leave half a checkpoint that looks whole.
-            (old / MARKER).unlink()
-            shutil.rmtree(old)
+            (old.folder / MARKER).unlink()
+            shutil.rmtree(old.folder)
     engine.barrier()
     return folder
 
@@ -65,20 +124,19 @@ def resume(engine: Engine, run_dir: Path) -> int:
 
     Raises ValueError where it was written by another number of ranks, another ZeRO stage or with another batch.
     """
-    found = checkpoints(run_dir)
-    if not found:
+    found = newest(run_dir)
+    if found is None:
         return 0
-    info, folder = found[-1]
     for what, wrote, here in (
-        ("ranks", info.ranks, engine.runtime.ranks),
-        ("ZeRO stage", info.stage, engine.stage),
-        ("global batch", info.global_batch, engine.global_batch),
+        ("ranks", found.info.ranks, engine.runtime.ranks),
+        ("ZeRO stage", found.info.stage, engine.stage),
+        ("global batch", found.info.global_batch, engine.global_batch),
     ):
         if wrote != here:
             raise ValueError(
-                f"{folder} was written with {what} {wrote} and this run has {here}; start it with {wrote}, or choose "
+                f"{found.folder} was written with {what} {wrote} and this run has {here}; start it with {wrote}, or choose "
                 "another --run-dir"
             )
-    loaded, state = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-    assert loaded is not None, f"{folder} is marked whole and does not load"
+    loaded, state = engine.deepspeed.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
+    assert loaded is not None, f"{found.folder} is marked whole and does not load"
     return int(state["step"])

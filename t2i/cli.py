@@ -140,17 +140,27 @@ def encode(
 
 
 @app.command(name="export")
-def export(run: Positional[Path], out: Path, step: int | None = None) -> None:
+def export(
+    run: Positional[Path],
+    out: Path,
+    step: int | None = None,
+    weights: Literal["auto", "averaged", "raw"] = "auto",
+    tokenizer: str | None = None,
+    text_encoder: str | None = None,
+) -> None:
     """Merge a training checkpoint and everything that drawing needs into one folder of safetensors and JSON.
 
     Args:
         run: Folder of a training run.
         out: Folder for the export.
         step: Which checkpoint; the newest when not given.
+        weights: The moving average of the weights, the raw ones of that step, or the average where there is one.
+        tokenizer: Where the run's image tokenizer is now, if it has moved.
+        text_encoder: Where the run's frozen text encoder is now, if it has moved.
     """
     from t2i.export import export
 
-    pipe = export(run, out, step)
+    pipe = export(run, out, step, weights=weights, tokenizer=tokenizer, text_encoder=text_encoder)
     print(f"step {pipe.provenance.step} of {pipe.provenance.recipe} exported to {out}")
 
 

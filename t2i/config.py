@@ -144,6 +144,8 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.05
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, which is exported in their place; 0 keeps none."""
     head_init: Literal["normal", "codebook"] = "normal"
     """How the prediction heads start: as the model's configuration says, or from the image tokenizer's code vectors, with
     which a small model learns from far fewer pictures what words stand for."""
@@ -165,7 +167,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "log_every", "validate_every", "save_every", "keep_last")
         _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every")
-        _share(self, "beta1", "beta2")
+        _share(self, "beta1", "beta2", "ema_decay")
         if self.lr <= 0 or self.min_lr > self.lr:
             raise ValueError(f"TrainConfig: lr is {self.lr} and min_lr {self.min_lr}; use 0 <= min_lr <= lr, lr > 0")
 

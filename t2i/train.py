@@ -4,7 +4,8 @@
 
 The first argument is a recipe's name or the recipe.json that an earlier run wrote. Every field of the recipe is an
 option (`--help` after a recipe lists them). The same command again goes on from the newest checkpoint. Exit codes:
-0 trained to the end, 85 stopped by SIGTERM or SIGUSR1 with everything saved, 2 a mistake in what was asked for.
+0 trained to the end, 85 stopped by SIGINT (Ctrl-C), SIGTERM or SIGUSR1 with everything saved, 2 a mistake in what was
+asked for, 130 interrupted before or while that could be done.
 """
 
 import argparse
@@ -56,8 +57,14 @@ def main() -> int:
         if started or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted; the same command again goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     if runtime.is_first:
         print(f"{outcome.step} steps done; run folder {recipe.run_dir}")
+        if outcome.stopped_by_signal:
+            print("stopped by a signal and saved; the same command again goes on from here")
     stop_runtime()
     return EXIT_SAVED if outcome.stopped_by_signal else 0
 

@@ -4,12 +4,13 @@ Everything random is a function of (seed, step): the samples (`data_pipeline.loa
 dropout. A resumed run therefore needs nothing but the weights, the optimizer and the step.
 """
 
+import json
 import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from data_pipeline.atomic import write_bytes
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
 from t2i import checkpoint
-from t2i.config import Recipe, TrainConfig, from_json, to_json
+from t2i.checkpoint import RECIPE, VOCABULARY, Inputs
+from t2i.config import Recipe, TrainConfig, to_json
 from t2i.engine import Engine, Runtime, broadcast_bytes
 from t2i.metrics import MetricsLog
 from t2i.objective import TrainingModel, build_model, condition_tensors, parameter_groups
+from t2i.optimizer import make_optimizer
 from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
 from t2i.text_encoder import TextEncoder, text_encoder_sha256, train_sentencepiece
-from t2i.vq import load_vq, vq_sha256
+from t2i.vq import VQModel, load_vq, vq_sha256
 
 EXIT_SAVED = 85
 """Exit code after a signal: everything is saved, start the same command again."""
@@ -54,7 +57,13 @@ def lr_at(train: TrainConfig, step: int) -> float:
     return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def check_data(recipe: Recipe, shards: ShardSet) -> None:
+def inputs_of(recipe: Recipe, shards: ShardSet) -> Inputs:
+    """Checksums of what a run is given. Reads the whole tokenizer and frozen text encoder, so once a run is enough."""
+    frozen = recipe.frozen_text_encoder
+    return Inputs(shards.manifest.digest, vq_sha256(recipe.tokenizer), text_encoder_sha256(frozen) if frozen else None)
+
+
+def check_data(recipe: Recipe, shards: ShardSet, inputs: Inputs) -> None:
     """Raise ValueError unless the shards are what the recipe trains on: kind, grid, codebook, tokenizer, text encoder."""
     path, encoding = recipe.data.path, shards.manifest.encoding
     if encoding is None:
@@ -63,10 +72,10 @@ def check_data(recipe: Recipe, shards: ShardSet) -> None:
         "grid": list(recipe.model.grid),
         "codebook_size": recipe.model.vocab_size,
         "image_size": recipe.image_size,
-        "tokenizer_sha256": vq_sha256(recipe.tokenizer),
+        "tokenizer_sha256": inputs.tokenizer,
     }
-    if recipe.frozen_text_encoder is not None:
-        expected["text_encoder_sha256"] = text_encoder_sha256(recipe.frozen_text_encoder)
+    if inputs.text_encoder is not None:
+        expected["text_encoder_sha256"] = inputs.text_encoder
     for name, value in expected.items():
         found = encoding.get(name)
         if (list(found) if name == "grid" and found else found) != value:
@@ -80,32 +89,41 @@ def check_data(recipe: Recipe, shards: ShardSet) -> None:
         )
 
 
-def check_resumable(recipe: Recipe) -> None:
-    """Raise ValueError where the run folder has checkpoints of another model, or of another order of samples."""
-    written = recipe.run_dir / "recipe.json"
-    if not written.exists() or not checkpoint.checkpoints(recipe.run_dir):
+def check_resumable(recipe: Recipe, inputs: Inputs) -> None:
+    """Raise ValueError where the run folder has checkpoints of another model, of other data, or of another order of it."""
+    found = checkpoint.newest(recipe.run_dir)
+    if found is None:
         return
-    earlier = from_json(Recipe, written.read_bytes())
+    earlier = found.recipe()
 
-    def fixed(r: Recipe) -> dict[str, Any]:
+    def fixed(r: Recipe, given: Inputs) -> dict[str, Any]:
+        # Things are compared by what is in them, not by the place where they are.
         return {
-            "model": r.model, "text_encoder": r.text_encoder, "frozen_text_encoder": r.frozen_text_encoder,
-            "tokenizer": r.tokenizer, "image_size": r.image_size, "data.lanes": r.data.lanes,
-            "data.validation": r.data.validation, "train.seed": r.train.seed,
+            "model": r.model, "text_encoder": r.text_encoder, "frozen_text_encoder": given.text_encoder,
+            "tokenizer": given.tokenizer, "image_size": r.image_size, "data.path": given.data,
+            "data.lanes": r.data.lanes, "data.validation": r.data.validation, "train.seed": r.train.seed,
+            "train.ema_decay": r.train.ema_decay,
         }  # fmt: skip
 
-    differs = [name for name, value in fixed(recipe).items() if value != fixed(earlier)[name]]
+    before = fixed(earlier, found.info.inputs)
+    differs = [name for name, value in fixed(recipe, inputs).items() if value != before[name]]
     if differs:
         raise ValueError(
-            f"{recipe.run_dir} holds a run with another {', '.join(differs)}; go on with what is in {written}, or choose "
-            "another --run-dir"
+            f"{recipe.run_dir} holds a run with another {', '.join(differs)}; go on with what is in {found.folder / RECIPE}, "
+            "or choose another --run-dir"
         )
 
 
 def vocabulary_of(recipe: Recipe, shards: ShardSet) -> bytes:
-    """The sentencepiece model of a run: the one in its folder, or a new one from the captions of the set."""
+    """The sentencepiece model of a run: that of its newest checkpoint or, before the first, in its folder, made of the
+    captions of the set."""
     assert recipe.text_encoder is not None
-    path = recipe.run_dir / "spiece.model"
+    found = checkpoint.newest(recipe.run_dir)
+    if found is not None:
+        vocabulary = found.vocabulary()
+        assert vocabulary is not None, f"{found.folder} has a text encoder and no {VOCABULARY}"
+        return vocabulary
+    path = recipe.run_dir / VOCABULARY
     if not path.exists():
         count = min(len(shards), VOCABULARY_CAPTIONS)
         captions = [shards.read_encoded(i, ("txt",)).caption for i in range(count)]
@@ -119,27 +137,32 @@ class Trainer:
     def __init__(self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime) -> None:
         self.recipe, self.runtime = recipe, runtime
         train = recipe.train
-        check_resumable(recipe)
         self.shards = ShardSet(recipe.data.path)
-        check_data(recipe, self.shards)
+        # A published text encoder is gigabytes: read on one rank, not on all.
+        self.inputs = Inputs(
+            **json.loads(broadcast_bytes(runtime, lambda: json.dumps(asdict(inputs_of(recipe, self.shards))).encode()))
+        )
+        check_resumable(recipe, self.inputs)
+        check_data(recipe, self.shards, self.inputs)
         self.order = LaneOrder(0, len(self.shards) - recipe.data.validation, recipe.data.lanes, train.seed)
         micro_batch = deepspeed_config["train_micro_batch_size_per_gpu"]
         accumulation = deepspeed_config.get("gradient_accumulation_steps", 1)
         self.order.check(micro_batch * accumulation * runtime.ranks, runtime.ranks)
+        self._files = {RECIPE: to_json(recipe).encode()}
         vocabulary = None
         if recipe.text_encoder is not None:
             vocabulary = broadcast_bytes(runtime, lambda: vocabulary_of(recipe, self.shards))
+            self._files[VOCABULARY] = vocabulary
         # Read here: inside the engine, ZeRO-3 would partition the tokenizer's weights as well.
         codes_VD = load_vq(recipe.tokenizer).quantize.normalized() if train.head_init == "codebook" else None
         torch.manual_seed(train.seed)
 
-        def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+        def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
             assert isinstance(model, TrainingModel)
-            groups = parameter_groups(model, train.weight_decay)
-            return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+            return make_optimizer(parameter_groups(model, train.weight_decay), train)
 
         self._build = partial(build_model, recipe, vocabulary)
-        self.engine = Engine(runtime, partial(self._build, codes_VD), deepspeed_config, make_optimizer)
+        self.engine = Engine(runtime, partial(self._build, codes_VD), deepspeed_config, optimizer)
         self.text_encoder: TextEncoder | None = self.engine.module.text_encoder
         self.first_step = checkpoint.resume(self.engine, recipe.run_dir)
         self.signalled = False
@@ -171,8 +194,8 @@ class Trainer:
         recipe, train, first = self.recipe, self.recipe.train, self.runtime.is_first
         step = self.first_step
         if first:
-            write_bytes(recipe.run_dir / "recipe.json", to_json(recipe).encode())
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+            write_bytes(recipe.run_dir / RECIPE, self._files[RECIPE])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         saved_at = step
         with (
@@ -212,7 +235,10 @@ class Trainer:
                     window.skip_time()
                 stop = self.engine.any_rank(self.signalled)
                 if stop or step % train.save_every == 0 or step == train.steps:
-                    checkpoint.save(self.engine, recipe.run_dir, step, train.keep_last)
+                    checkpoint.save(
+                        self.engine, recipe.run_dir, step, self.inputs, self._files,
+                        keep_last=train.keep_last, averaged=train.ema_decay > 0,
+                    )  # fmt: skip
                     saved_at = step
                     window.skip_time()
                 if stop:
@@ -222,6 +248,8 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.signalled = True
+        if number == signal.SIGINT:  # whoever asks twice does not want to wait for the save
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _report(self, window: "_Window", step: int) -> dict[str, float]:
         seconds, waited, losses = window.seconds(), window.waited(), window.losses
@@ -271,6 +299,8 @@ class Trainer:
             was_training = module.training
             images = self.pipeline(module, step)(self._prompts(), seed=recipe.train.seed)
             module.train(was_training)
+            if self._frozen_text_encoder is not None:
+                self._frozen_text_encoder.to("cpu")  # read once, and in nobody's way between two grids
             path = recipe.run_dir / "samples" / f"step-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture_grid(images).save(path)
@@ -285,15 +315,23 @@ class Trainer:
         samples = [self.shards.read_encoded(i) for i in range(max(0, len(self.shards) - 8), len(self.shards))]
         return [s.label if classes else s.caption for s in samples]
 
+    @cached_property
+    def _image_tokenizer(self) -> VQModel:
+        return load_vq(self.recipe.tokenizer)
+
+    @cached_property
+    def _frozen_text_encoder(self) -> TextEncoder | None:
+        name = self.recipe.frozen_text_encoder
+        return None if name is None else TextEncoder.from_pretrained(name)
+
     def pipeline(self, module: TrainingModel, step: int) -> TextToImagePipeline:
         """The model in training as a pipeline, sharing its weights."""
-        text_encoder = module.text_encoder
-        if text_encoder is None and self.recipe.frozen_text_encoder is not None:
-            text_encoder = TextEncoder.from_pretrained(self.recipe.frozen_text_encoder).to(self.runtime.device)
-        vq = load_vq(self.recipe.tokenizer).to(self.runtime.device)
-        return TextToImagePipeline(
-            module.nar, vq, text_encoder, self.recipe.sample, self.recipe.image_size, Provenance(self.recipe.name, step)
-        )
+        text_encoder = module.text_encoder or self._frozen_text_encoder
+        pipe = TextToImagePipeline(
+            module.nar, self._image_tokenizer, text_encoder, self.recipe.sample, self.recipe.image_size,
+            Provenance(self.recipe.name, step),
+        )  # fmt: skip
+        return pipe.to(self.runtime.device)
 
 
 class _Window:
