@@ -65,6 +65,9 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the weights at the start. 0.02 suits widths of 768 and more; a narrow model learns sooner
     with about 1 / sqrt(width), with which a map keeps the size of what it is given."""
+    residual_init: Literal["normal", "zero"] = "normal"
+    """How the maps out of attention and feed-forward start; with "zero" every block at first passes on what it is given,
+    and a small model learns sooner."""
     zero_init_heads: Literal["last", "all"] = "last"
     dropout: float = 0.1
     """Residual, feed-forward and token dropout while training."""
@@ -101,6 +104,11 @@ class ModelConfig:
     def n_axes(self) -> int:
         """Prediction heads: one for each axis."""
         return len(self.grid)
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation at the start of the maps out of attention and feed-forward."""
+        return 0.0 if self.residual_init == "zero" else self.init_std
 
     @property
     def prefix(self) -> int:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from data_pipeline.index import ShardSet
-from t2i.export import export
+from t2i.checkpoint import checkpoints
+from t2i.export import export, merged_weights
 from t2i.pipeline import TextToImagePipeline
+from t2i.vq import VQConfig, VQModel
 
-from .conftest import ROOT, VALIDATION, environment, rows
+from .conftest import ROOT, STEPS, VALIDATION, environment, rows
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +30,7 @@ def exported(trained: Stage, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     def make(stage: int) -> Path:
         out = folder / f"zero{stage}"
         if not out.exists():
-            export(trained(stage), out)
+            export(trained(stage), out, weights="raw")
         return out
 
     return make
@@ -77,6 +79,21 @@ def test_a_new_process_draws_the_same_pixels_without_deepspeed(exported: Stage, 
     np.testing.assert_array_equal(np.load(saved), np.stack([np.asarray(image) for image in here]))
 
 
+def test_every_stage_exports_the_same_average(trained: Stage) -> None:
+    """Not those of the last step, but no farther from them than the last steps have gone."""
+    averages = []
+    for stage in (1, 2, 3):
+        chosen = checkpoints(trained(stage))[-1]
+        average, raw = merged_weights(chosen, averaged=True), merged_weights(chosen)
+        assert average.keys() == raw.keys()
+        moved = max(float((average[name] - raw[name]).abs().max()) for name in raw)
+        assert 1e-4 < moved < STEPS * 5e-3
+        averages.append(average)
+    for other in averages[1:]:
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, averages[0][name], rtol=0, atol=2e-5, msg=lambda m, n=name: n + m)
+
+
 def test_the_returned_pipeline_is_the_saved_one(trained: Stage, tmp_path: Path) -> None:
     pipe = export(trained(3), tmp_path / "export", step=4)
     assert (pipe.provenance.recipe, pipe.provenance.step) == ("small", 4)
@@ -92,4 +109,9 @@ def test_what_cannot_be_exported_is_named(trained: Stage, tmp_path: Path) -> Non
         export(trained(2), tmp_path / "export", step=5)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         export(tmp_path, tmp_path / "export")
+    VQModel(VQConfig(base_channels=32, channel_multipliers=(1,), codebook_size=512)).save(tmp_path / "vq")
+    with pytest.raises(
+        ValueError, match=r"vq is not the image tokenizer that .* was trained with; give that with --token"
+    ):
+        export(trained(2), tmp_path / "export", tokenizer=str(tmp_path / "vq"))
     assert not (tmp_path / "export").exists()

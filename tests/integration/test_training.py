@@ -8,17 +8,30 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
+import torch
 from PIL import Image
 
+from t2i.checkpoint import checkpoints
 from t2i.config import Recipe, from_json
+from t2i.export import merged_weights
+from t2i.vq import vq_sha256
 
 from .conftest import ROOT, STEPS, TIMEOUT, environment, execute, free_port, launch, losses, results, rows
 
 pytestmark = pytest.mark.slow
 
 Stage = Callable[[int], Path]
+
+
+def assert_same_weights(run_dir: Path, other: Path) -> None:
+    """The newest checkpoints of two runs hold the same weights and averages, bit for bit."""
+    for averaged in (False, True):
+        mine, theirs = (merged_weights(checkpoints(folder)[-1], averaged) for folder in (run_dir, other))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
 def test_zero_1_2_and_3_give_the_same_losses(trained: Stage) -> None:
@@ -51,7 +64,12 @@ def test_a_run_leaves_recipe_samples_and_whole_checkpoints(trained: Stage, recip
         for step in (4, 8):
             assert Image.open(run_dir / "samples" / f"step-{step:08d}.png").size == (64 * 2 + 2, 64)
             marker = run_dir / "checkpoints" / f"step-{step:08d}" / "checkpoint.json"
-            assert json.loads(marker.read_text()) == {"step": step, "ranks": 2, "stage": stage, "global_batch": 16}
+            written = json.loads(marker.read_text())
+            inputs = written.pop("inputs")
+            assert written == {"step": step, "ranks": 2, "stage": stage, "global_batch": 16, "averaged": True}
+            assert inputs == {"data": ANY, "tokenizer": vq_sha256("shapes"), "text_encoder": None}
+            assert (marker.parent / "recipe.json").read_bytes() == (run_dir / "recipe.json").read_bytes()
+            assert (marker.parent / "spiece.model").read_bytes() == (run_dir / "spiece.model").read_bytes()
 
 
 def test_a_run_goes_on_from_its_newest_whole_checkpoint(
@@ -69,13 +87,15 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(
     done = launch(recipe_file, "--deepspeed_config", deepspeed_config(3), "--run-dir", run_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(run_dir) == results(whole)  # bit for bit, and no step twice
+    assert_same_weights(run_dir, whole)
     assert (unfinished / "checkpoint.json").is_file()
     # The steps up to the checkpoint were not done again.
     assert [row["samples_per_s"] for row in rows(run_dir)[:4]] == [row["samples_per_s"] for row in rows(whole)[:4]]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
 def test_a_signal_saves_and_the_same_command_goes_on(
-    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path
+    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path, signum: signal.Signals
 ) -> None:
     run_dir = tmp_path / "run"
     options = [recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", run_dir]
@@ -93,7 +113,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             assert time.monotonic() < limit, "no training within the time"
             assert ranks[0].poll() is None, ranks[0].stderr.read()
             time.sleep(0.005)
-        ranks[0].send_signal(signal.SIGTERM)  # to one rank: the other one has to hear of it
+        ranks[0].send_signal(signum)  # to one rank: the other one has to hear of it
         errors = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
     finally:
         for rank in ranks:
@@ -108,6 +128,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     done = launch(*options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(run_dir) == results(trained(2))
+    assert_same_weights(run_dir, trained(2))
 
 
 def test_mistakes_are_one_line_and_exit_code_2(

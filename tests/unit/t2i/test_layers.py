@@ -58,6 +58,13 @@ def test_rotation_is_complex_multiplication_and_keeps_lengths(seed: int) -> None
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
+def test_both_ways_to_rotate_are_one() -> None:
+    x = torch.randn(2, 12, 3, HEAD_DIM)
+    table = rotary_table(CONFIG, CONFIG.grid)
+    torch.testing.assert_close(rotate(x, table).double(), rotate(x.double(), table), rtol=1e-5, atol=1e-6)
+    assert rotate(x.bfloat16(), table).dtype == torch.bfloat16
+
+
 def test_prefix_rotation_is_none_or_the_published_zero() -> None:
     x = torch.randn(1, 5, 2, HEAD_DIM)
     torch.testing.assert_close(rotate(x, prefix_rotary_table(CONFIG, 5)), x)
@@ -108,6 +115,16 @@ def test_initial_weights() -> None:
     assert last.weight[0].any()
     assert not last.weight[1].any()
     assert not every.weight.any()
+
+
+def test_blocks_that_start_at_zero_pass_on_what_they_are_given() -> None:
+    torch.manual_seed(0)
+    model = NAR(small_config((3, 4), residual_init="zero")).eval()
+    x = torch.randn(2, 5, model.config.width)
+    for block in model.blocks:
+        assert torch.equal(block(x, None, None), x)
+        assert block.attention.wqkv.weight.std() > 0
+        assert block.feed_forward.w1.weight.std() > 0
 
 
 def test_every_matrix_of_a_model_starts_from_the_std_of_its_configuration() -> None:

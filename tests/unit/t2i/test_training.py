@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.index import ShardSet
 from t2i import train
+from t2i.checkpoint import CheckpointInfo, Inputs
 from t2i.config import Recipe, TrainConfig, to_json
 from t2i.engine import read_deepspeed_config
 from t2i.recipes import RECIPES, shapes_tiny
 from t2i.text_encoder import TextEncoder, text_encoder_sha256
-from t2i.training import Trainer, _mix, check_data, check_resumable, lr_at, vocabulary_of
+from t2i.training import Trainer, _mix, check_data, check_resumable, inputs_of, lr_at, vocabulary_of
 from t2i.vq import VQConfig, VQModel
 
 CONFIGS = sorted((Path(__file__).parents[3] / "deepspeed_configs").glob("*.json"))
@@ -26,6 +27,19 @@ CONFIGS = sorted((Path(__file__).parents[3] / "deepspeed_configs").glob("*.json"
 def recipe(encoded_shapes: Path, tmp_path: Path) -> Recipe:
     tiny = shapes_tiny()
     return replace(tiny, data=replace(tiny.data, path=encoded_shapes, validation=16), run_dir=tmp_path / "run")
+
+
+INPUTS = Inputs("data", "tokenizer", None)
+
+
+def mark_checkpoint(recipe: Recipe) -> Path:
+    """What the last steps of a save at step 4 write; returns the checkpoint's folder."""
+    folder = recipe.run_dir / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(to_json(recipe))
+    info = CheckpointInfo(step=4, ranks=2, stage=2, global_batch=16, averaged=False, inputs=INPUTS)
+    (folder / "checkpoint.json").write_text(json.dumps(asdict(info)))
+    return folder
 
 
 # Schedule
@@ -49,13 +63,18 @@ def test_learning_rate_rises_to_lr_and_falls_to_min_lr(steps: int, warmup: int, 
 # Data
 
 
+def check(recipe: Recipe) -> None:
+    shards = ShardSet(recipe.data.path)
+    check_data(recipe, shards, inputs_of(recipe, shards))
+
+
 def test_shards_that_fit_the_recipe_pass(recipe: Recipe) -> None:
-    check_data(recipe, ShardSet(recipe.data.path))
+    check(recipe)
 
 
 def test_raw_shards_are_refused(recipe: Recipe, raw_shapes: Path) -> None:
     with pytest.raises(ValueError, match=r"holds raw pictures; encode it first: t2i encode"):
-        check_data(replace(recipe, data=replace(recipe.data, path=raw_shapes)), ShardSet(raw_shapes))
+        check(replace(recipe, data=replace(recipe.data, path=raw_shapes)))
 
 
 @pytest.mark.parametrize(
@@ -73,13 +92,13 @@ def test_shards_that_do_not_fit_the_recipe_are_refused(recipe: Recipe, changes: 
         new = replace(getattr(recipe, name), **value) if isinstance(value, dict) else value
         recipe = replace(recipe, **{name: new})
     with pytest.raises(ValueError, match=message):
-        check_data(recipe, ShardSet(recipe.data.path))
+        check(recipe)
 
 
 def test_shards_of_another_tokenizer_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     VQModel(VQConfig(base_channels=32, channel_multipliers=(1,), codebook_size=512)).save(tmp_path / "vq")
     with pytest.raises(ValueError, match=r"encoded with tokenizer_sha256 .*; encode it for this recipe"):
-        check_data(replace(recipe, tokenizer=str(tmp_path / "vq")), ShardSet(recipe.data.path))
+        check(replace(recipe, tokenizer=str(tmp_path / "vq")))
 
 
 def test_shards_without_the_recipes_text_states_are_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -89,7 +108,7 @@ def test_shards_without_the_recipes_text_states_are_refused(recipe: Recipe, tmp_
     encoder.save_pretrained(tmp_path / "t5")
     frozen = replace(recipe, text_encoder=None, frozen_text_encoder=str(tmp_path / "t5"))
     with pytest.raises(ValueError, match=f"text_encoder_sha256 None .* needs {text_encoder_sha256(tmp_path / 't5')}"):
-        check_data(frozen, shards)
+        check(frozen)
 
 
 @pytest.mark.parametrize(
@@ -104,18 +123,30 @@ def test_shards_without_the_recipes_text_states_are_refused(recipe: Recipe, tmp_
 )
 def test_a_run_folder_with_another_run_is_refused(recipe: Recipe, part: str, change: dict[str, Any], name: str) -> None:
     changed = replace(recipe, **{part: replace(getattr(recipe, part), **change)})
-    folder = recipe.run_dir / "checkpoints" / "step-00000004"
-    folder.mkdir(parents=True)
-    (recipe.run_dir / "recipe.json").write_text(to_json(recipe))
-    check_resumable(changed)  # nothing has been saved yet, so there is nothing to go on from
-    info = {"step": 4, "ranks": 2, "stage": 2, "global_batch": 16}
-    (folder / "checkpoint.json").write_text(json.dumps(info))
+    check_resumable(changed, INPUTS)  # nothing has been saved yet, so there is nothing to go on from
+    mark_checkpoint(recipe)
     with pytest.raises(ValueError, match=f"holds a run with another {name}; go on with what is in"):
-        check_resumable(changed)
+        check_resumable(changed, INPUTS)
     # A longer schedule, other logging or another place of the data are no other run.
-    check_resumable(
-        replace(recipe, train=replace(recipe.train, steps=9999, log_every=7), data=replace(recipe.data, workers=3))
-    )
+    longer = replace(recipe.train, steps=9999, log_every=7)
+    check_resumable(replace(recipe, train=longer, data=replace(recipe.data, workers=3, path=Path("moved"))), INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("data", "data.path"), ("tokenizer", "tokenizer"), ("text_encoder", "frozen_text_encoder")],
+)
+def test_a_run_goes_on_with_nothing_else_at_the_same_place(recipe: Recipe, given: str, name: str) -> None:
+    mark_checkpoint(recipe)
+    with pytest.raises(ValueError, match=f"holds a run with another {name}; go on"):
+        check_resumable(recipe, replace(INPUTS, **{given: "other"}))
+
+
+def test_a_checkpoint_of_another_version_is_named(recipe: Recipe) -> None:
+    marker = mark_checkpoint(recipe) / "checkpoint.json"
+    marker.write_text(json.dumps({"step": 4, "ranks": 2, "stage": 2, "global_batch": 16}))
+    with pytest.raises(ValueError, match=r"checkpoint.json is not of this version"):
+        check_resumable(recipe, INPUTS)
 
 
 def test_the_vocabulary_of_a_run_is_made_once(recipe: Recipe) -> None:
@@ -124,6 +155,8 @@ def test_the_vocabulary_of_a_run_is_made_once(recipe: Recipe) -> None:
     assert (recipe.run_dir / "spiece.model").read_bytes() == first
     (recipe.run_dir / "spiece.model").write_bytes(b"the run's own")
     assert vocabulary_of(recipe, shards) == b"the run's own"
+    (mark_checkpoint(recipe) / "spiece.model").write_bytes(b"the checkpoint's")
+    assert vocabulary_of(recipe, shards) == b"the checkpoint's"
 
 
 # Randomness
