@@ -5,6 +5,7 @@ Shape suffix: V vocabulary, C width.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def load_official_nar(
     vocab_size, width = weights["tok_embeddings.weight"].shape
     n_blocks = 1 + max(int(m[1]) for key in weights if (m := re.match(r"layers\.(\d+)\.", key)))
     axes = len(grid)
-    condition: dict[str, int] = {}
+    condition: dict[str, Any] = {}
     if text:
         uncond = weights[condition_key]
         condition = {
