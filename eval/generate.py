@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data_pipeline.atomic import write_bytes
 from eval.files import write_text
+from t2i.pipeline import picture_grid
 
 __all__ = ["Pipeline", "generate", "picture_seed", "prompt_folder", "sample_path"]
 
@@ -64,15 +65,6 @@ def _png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _grid(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (width * min(columns, len(images)), height * rows), "white")
-    for position, image in enumerate(images):
-        grid.paste(image, (position % columns * width, position // columns * height))
-    return grid
-
-
 def _claim(file: Path, content: dict[str, Any], what: str) -> None:
     """Write `content` unless the file is there already, which must then say the same."""
     if not file.exists():
@@ -91,7 +83,7 @@ def _write_grid(out: Path, prompt_index: int, images_per_prompt: int) -> None:
     for number in range(images_per_prompt):
         with Image.open(sample_path(out, prompt_index, number)) as image:
             images.append(image.convert("RGB"))
-    write_bytes(prompt_folder(out, prompt_index) / "grid.png", _png(_grid(images)))
+    write_bytes(prompt_folder(out, prompt_index) / "grid.png", _png(picture_grid(images, columns=4, gap=0)))
 
 
 def generate(

@@ -206,12 +206,12 @@ def _advance(bar: Any) -> Callable[[int, Tensor], None]:
     return advance
 
 
-def picture_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size side by side in rows, with a gap of two pixels."""
-    columns = columns or max(1, int(np.ceil(np.sqrt(len(images)))))
+def picture_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size side by side in rows of at most `columns` (a square where not given), `gap` pixels apart."""
+    columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
     rows = -(-len(images) // columns)
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    width, height = (side + gap for side in images[0].size)
+    grid = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for n, image in enumerate(images):
-        grid.paste(image, ((n % columns) * (width + 2), (n // columns) * (height + 2)))
+        grid.paste(image, ((n % columns) * width, (n // columns) * height))
     return grid
