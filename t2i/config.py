@@ -39,23 +39,31 @@ class ModelConfig:
     grid: tuple[int, ...] = (16, 16)
     """Tokens along each axis: (rows, columns) for images, (frames, rows, columns) for video."""
     vocab_size: int = 16384
+    """Codes of the image tokenizer."""
     n_layer: int = 12
     """Trunk blocks; each axis after the last adds one more."""
     n_head: int = 12
+    """Attention heads of a block."""
     n_kv_head: int | None = None
     """Grouped key-value heads; as many as heads when not given."""
     width: int = 768
+    """Channels of a token in the transformer."""
     condition: Literal["text", "class"] = "text"
+    """What a picture is drawn from: a caption or a class number."""
     condition_dim: int = 2048
     """Channels of the text states."""
     max_condition: int = 120
     """Longest caption in tokens."""
     num_classes: int = 1000
+    """Classes of a class-conditional model."""
     positions: Literal["rotary", "learned"] = "rotary"
+    """2-D rotary embedding for images, or a learned table for any grid."""
     rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
     prefix_rotary: Literal["identity", "zero"] = "identity"
     """Rotary factor of prefix positions: "zero" is what published checkpoints were trained with."""
     uncond_embedding: Literal["learned", "frozen"] = "learned"
+    """Whether the prefix that stands in for a dropped caption is trained; published ones are frozen."""
     uncond_tokens: int = 1
     """Positions of the unconditional prefix of a text model. It has its own length, so a dropped caption costs no more
     than this and tells nothing of the caption that it stands in for."""
@@ -69,6 +77,7 @@ class ModelConfig:
     """How the maps out of attention and feed-forward start; with "zero" every block at first passes on what it is given,
     and a small model learns sooner."""
     zero_init_heads: Literal["last", "all"] = "last"
+    """Which prediction heads start at zero: that of the last axis, or all (video)."""
     dropout: float = 0.1
     """Residual, feed-forward and token dropout while training."""
     condition_dropout: float = 0.1
@@ -128,9 +137,11 @@ class DataConfig:
     __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
 
     path: Path = Path("data/encoded")
+    """Folder of encoded shards."""
     validation: int = 512
     """Samples at the end of the set that are kept for the validation loss."""
     lanes: int = 64
+    """Parts of the set that are read side by side; a multiple of the number of ranks, and a divisor of the batch."""
     workers: int = 2
     """Reader threads a rank."""
 
@@ -146,29 +157,42 @@ class TrainConfig:
     __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
 
     steps: int = 1000
+    """Optimizer steps of the whole run."""
     lr: float = 1e-4
+    """Highest learning rate, reached after the warm-up."""
     min_lr: float = 0.0
+    """Learning rate of the last step, at the end of a cosine."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
     weight_decay: float = 0.05
+    """AdamW's decay of matrices; norms and embeddings have none."""
     ema_decay: float = 0.0
     """Decay of a moving average of the weights, which is exported in their place; 0 keeps none."""
     head_init: Literal["normal", "codebook"] = "normal"
     """How the prediction heads start: as the model's configuration says, or from the image tokenizer's code vectors, with
     which a small model learns from far fewer pictures what words stand for."""
     seed: int = 0
+    """Decides start weights, order of samples, dropout and dropped captions."""
     log_every: int = 10
+    """Steps between reports of the loss."""
     validate_every: int = 500
+    """Steps between measurements of the validation loss."""
     sample_every: int = 0
     """Steps between sample grids; 0 writes none."""
     sample_prompts: tuple[str, ...] = ()
     """Captions (or class numbers) of the sample grid."""
     save_every: int = 1000
+    """Steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints to keep."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     wandb_project: str = "nar-t2i"
+    """Project of the run at wandb."""
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
     """"auto" logs online when WANDB_API_KEY is set and offline otherwise."""
 
@@ -187,10 +211,13 @@ class SampleConfig:
     __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
 
     guidance_scale: float = 7.5
+    """Strength of classifier-free guidance; 1 is without."""
     temperature: float = 1.0
+    """0 takes the likeliest token."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
+    """Keep the likeliest tokens up to this probability mass; 1 keeps all."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "guidance_scale", "temperature", "top_k")
@@ -205,10 +232,12 @@ class Recipe:
     __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
 
     name: str
+    """Name of the recipe, shown in reports."""
     model: ModelConfig
     tokenizer: str
     """Image tokenizer: a folder, or "shapes" for the one that the package ships."""
     image_size: int
+    """Pixels a side."""
     text_encoder: TextEncoderConfig | None = None
     """A small T5 encoder trained together with the model; without one, text states come from the shards."""
     frozen_text_encoder: str | None = None
@@ -217,6 +246,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     run_dir: Path = Path("runs/run")
+    """Folder of the run: checkpoints, metrics, sample grids."""
 
     def __post_init__(self) -> None:
         encoders = (self.text_encoder is not None) + (self.frozen_text_encoder is not None)

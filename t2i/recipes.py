@@ -61,7 +61,9 @@ def nar_xl_256() -> Recipe:
         image_size=256,
         frozen_text_encoder="google/flan-t5-xl",
         data=DataConfig(path=Path("data/encoded-256"), validation=2048),
-        train=TrainConfig(steps=468_750, lr=1e-4, warmup_steps=2000, save_every=2000, validate_every=2000),
+        train=TrainConfig(
+            steps=468_750, lr=1e-4, warmup_steps=2000, ema_decay=0.9999, save_every=2000, validate_every=2000
+        ),
         run_dir=Path("runs/nar-xl-256"),
     )
 
@@ -85,8 +87,8 @@ def shapes_tiny() -> Recipe:
     return Recipe(
         name="shapes-tiny",
         model=ModelConfig(
-            grid=(8, 8), vocab_size=512, n_layer=2, n_head=4, width=128, init_std=0.08, condition_dim=128, max_condition=32,
-            dropout=0.0,
+            grid=(8, 8), vocab_size=512, n_layer=2, n_head=4, width=128, init_std=0.08, residual_init="zero",
+            condition_dim=128, max_condition=32, dropout=0.0,
         ),
         tokenizer="shapes",
         image_size=64,

@@ -66,12 +66,19 @@ class TextEncoderConfig:
     """
 
     vocab_size: int
+    """Pieces of the vocabulary."""
     dim: int = 128
+    """Channels of a token."""
     n_layer: int = 2
+    """Transformer blocks."""
     n_head: int = 4
+    """Attention heads of a block."""
     ffn_dim: int = 256
+    """Hidden channels of the feed-forward."""
     dropout: float = 0.0
+    """Share of activations dropped while training."""
     max_length: int = DEFAULT_MAX_LENGTH
+    """Longest caption in tokens, the end-of-sentence token included."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layer", "n_head", "ffn_dim", "max_length"):

@@ -11,12 +11,19 @@ class VQConfig:
     """Sizes of a `VQModel`; the defaults are VQ-16 (stride 16, 72M parameters). Checked at construction."""
 
     base_channels: int = 128
+    """Channels at full resolution."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each resolution as multiples of the base; each after the first halves it."""
     n_res_blocks: int = 2
+    """Residual blocks of a resolution."""
     z_channels: int = 256
+    """Channels between encoder and codebook."""
     codebook_size: int = 16384
+    """Number of codes."""
     codebook_dim: int = 8
+    """Channels of a code."""
     norm_groups: int = 32
+    """Groups of a GroupNorm."""
     encoder: Literal["convolutional", "patches"] = "convolutional"
     """`patches` sees the pixels of its own token alone, so that a token says the same wherever it stands: fewer ways to
     say one thing, which a small model on simple pictures learns sooner. The decoder is the same."""
@@ -55,6 +62,7 @@ class TokenizerTraining:
     out: Path
     """Folder for weights, training state, metrics and previews."""
     image_size: int = 64
+    """Pixels a side; pictures are cropped to a square and resized."""
     model: VQConfig = field(
         default_factory=lambda: VQConfig(
             base_channels=8, channel_multipliers=(1, 2, 4, 12), n_res_blocks=1, z_channels=96, codebook_size=512,
@@ -62,22 +70,30 @@ class TokenizerTraining:
         )
     )  # fmt: skip
     steps: int = 3600
+    """Optimizer steps of the whole training."""
     batch: int = 32
+    """Pictures of a step."""
     lr: float = 2e-3
+    """Highest learning rate, from which a cosine falls to zero."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly."""
     train_encoder: bool = False
     """Whether the encoder learns. Left as it starts, an encoder of patches is a random map of their pixels, and the
     codebook k-means over it: patches that differ stay different, which a small autoencoder in training forgets."""
     unquantized_steps: int = 0
     """Steps before the codebook starts: some hundreds where the encoder learns."""
     commitment: float = 0.25
+    """Weight of the loss that keeps encoder outputs near their codes."""
     revive_every: int = 50
     """Steps after which a code that no position chose is moved onto an encoder output."""
     validation: int = 512
     """Samples at the end of the set that are kept for measuring."""
     lanes: int = 32
+    """Parts of the set that are read side by side; a divisor of the batch."""
     seed: int = 0
+    """Decides start weights and the order of pictures."""
     save_every: int = 250
+    """Steps between savings and measurements."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "revive_every", "validation", "save_every"):
