@@ -48,6 +48,9 @@ class ModelConfig:
     """Grouped key-value heads; as many as heads when not given."""
     width: int = 768
     """Channels of a token in the transformer."""
+    ffn_multiple: int = 256
+    """The feed-forward has 8/3 of the width in hidden channels, rounded up to a multiple of this. The published 256 makes a
+    narrow model half as large again."""
     condition: Literal["text", "class"] = "text"
     """What a picture is drawn from: a caption or a class number."""
     condition_dim: int = 2048
@@ -85,7 +88,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_grid(self.grid)
-        _at_least(self, 1, "vocab_size", "n_layer", "n_head", "width", "condition_dim", "max_condition", "num_classes")
+        _at_least(self, 1, "vocab_size", "n_layer", "n_head", "width", "ffn_multiple")
+        _at_least(self, 1, "condition_dim", "max_condition", "num_classes")
         _share(self, "dropout", "condition_dropout")
         if self.init_std <= 0:
             raise ValueError(f"ModelConfig: init_std is {self.init_std}; it must be above 0 (0.02 is usual)")
@@ -126,8 +130,8 @@ class ModelConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden size of the SwiGLU feed-forward: int(8 d / 3) rounded up to a multiple of 256."""
-        return -(-int(8 * self.width / 3) // 256) * 256
+        """Hidden size of the SwiGLU feed-forward: int(8 d / 3) rounded up to a multiple of `ffn_multiple`."""
+        return -(-int(8 * self.width / 3) // self.ffn_multiple) * self.ffn_multiple
 
 
 @dataclass(frozen=True)

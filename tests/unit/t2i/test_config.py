@@ -131,6 +131,7 @@ def test_derived_sizes() -> None:
     assert (MODEL.prefix, CLASSES.prefix) == (8, 1)
     assert MODEL.hidden == 256
     assert ModelConfig(width=1280, n_head=20).hidden == 3584  # int(8 * 1280 / 3) = 3413
+    assert ModelConfig(width=128, n_head=4, ffn_multiple=32).hidden == 352  # int(8 * 128 / 3) = 341
 
 
 def test_configurations_cannot_be_changed() -> None:
