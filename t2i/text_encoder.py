@@ -79,6 +79,8 @@ class TextEncoderConfig:
     """Share of activations dropped while training."""
     max_length: int = DEFAULT_MAX_LENGTH
     """Longest caption in tokens, the end-of-sentence token included."""
+    lower_case: bool = False
+    """Lower-case the captions, those that are drawn from later as well."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layer", "n_head", "ffn_dim", "max_length"):
@@ -134,9 +136,7 @@ class TextEncoder(nn.Module):
         self.lower_case = lower_case
 
     @classmethod
-    def from_config(
-        cls, config: TextEncoderConfig, sentencepiece_model: bytes | str | Path, *, lower_case: bool = False
-    ) -> Self:
+    def from_config(cls, config: TextEncoderConfig, sentencepiece_model: bytes | str | Path) -> Self:
         """A new encoder, in training mode, with T5's initialisation from torch's global generator.
 
         Raises:
@@ -161,7 +161,7 @@ class TextEncoder(nn.Module):
             encoder = T5EncoderModel(t5_config).encoder
         _initialise(encoder, t5_config)
         vocabulary = SentencePieceVocabulary(sentencepiece_model)
-        return cls(encoder, t5_config, vocabulary, config.max_length, lower_case)
+        return cls(encoder, t5_config, vocabulary, config.max_length, config.lower_case)
 
     @classmethod
     def from_pretrained(

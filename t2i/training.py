@@ -127,7 +127,7 @@ def vocabulary_of(recipe: Recipe, shards: ShardSet) -> bytes:
     if not path.exists():
         count = min(len(shards), VOCABULARY_CAPTIONS)
         captions = [shards.read_encoded(i, ("txt",)).caption for i in range(count)]
-        train_sentencepiece(captions, recipe.text_encoder.vocab_size, path)
+        train_sentencepiece(captions, recipe.text_encoder.vocab_size, path, lower_case=recipe.text_encoder.lower_case)
     return path.read_bytes()
 
 

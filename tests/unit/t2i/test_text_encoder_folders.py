@@ -72,7 +72,7 @@ class TestFolders:
             assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
     def test_options_are_saved(self, spiece: Path, tmp_path: Path) -> None:
-        TextEncoder.from_config(CONFIG, spiece.read_bytes(), lower_case=True).save_pretrained(tmp_path)
+        TextEncoder.from_config(replace(CONFIG, lower_case=True), spiece.read_bytes()).save_pretrained(tmp_path)
         read = TextEncoder.from_pretrained(str(tmp_path))
         assert (read.max_length, read.lower_case) == (24, True)
         read = TextEncoder.from_pretrained(tmp_path, max_length=9, lower_case=False)

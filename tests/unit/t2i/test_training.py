@@ -159,6 +159,21 @@ def test_the_vocabulary_of_a_run_is_made_once(recipe: Recipe) -> None:
     assert vocabulary_of(recipe, shards) == b"the checkpoint's"
 
 
+def test_a_lower_casing_text_encoder_has_a_lower_case_vocabulary(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ShardSet(recipe.data.path)
+    read = shards.read_encoded
+    shout = lambda i, suffixes: replace(read(i, suffixes), caption=read(i, suffixes).caption.upper())  # noqa: E731
+    monkeypatch.setattr(shards, "read_encoded", shout)
+    assert recipe.text_encoder is not None
+    config = replace(recipe.text_encoder, lower_case=True)
+    encoder = TextEncoder.from_config(config, vocabulary_of(replace(recipe, text_encoder=config), shards))
+    ids, _ = encoder.tokenize(["A PHOTO OF A STAR"])
+    assert ids.shape[1] <= 7  # words, not letters
+    assert torch.equal(ids, encoder.tokenize(["a photo of a star"])[0])
+
+
 # Randomness
 
 
