@@ -98,7 +98,7 @@ def merged_weights(chosen: Checkpoint, averaged: bool = False) -> dict[str, Tens
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / folder.name
             _average_in_place_of_weights(chosen.folder, folder)
         return {
-            name: tensor.clone()
+            name: tensor.detach().clone()
             for name, tensor in get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name).items()
         }
 
