@@ -95,7 +95,7 @@ def shapes_tiny() -> Recipe:
         text_encoder=TextEncoderConfig(vocab_size=320, dim=128, n_layer=2, n_head=4, ffn_dim=256, max_length=32),
         data=DataConfig(path=Path("data/shapes-encoded"), lanes=16, workers=1, validation=256),
         train=TrainConfig(
-            steps=4000, lr=2e-3, beta2=0.98, warmup_steps=100, head_init="codebook", log_every=20, validate_every=250,
+            steps=3500, lr=2e-3, beta2=0.98, warmup_steps=100, head_init="codebook", log_every=20, validate_every=250,
             sample_every=750, sample_prompts=SHAPES_PROMPTS, save_every=500,
         ),
         sample=SampleConfig(guidance_scale=1.3, temperature=0.85),
