@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data_pipeline.images import CROP_POLICY, center_crop_resize, open_rgb
 from data_pipeline.index import Manifest, RawSample, ShardInfo, ShardSet, build_index, index_shard
+from data_pipeline.manifest import remove_manifest
 from data_pipeline.shard_index import Settings
 from data_pipeline.tars import ShardWriter, read_pax, tar_names
 from data_pipeline.verify import CODES, ENCODING_RECORD, STATES
@@ -85,6 +86,7 @@ def encode_set(
             if shard.name in finished:
                 continue
             pax = {ENCODING_RECORD: json.dumps(encoding), SOURCE_RECORD: json.dumps(_source(raw, shard))}
+            remove_manifest(out)
             with ShardWriter(out / shard.name, pax) as writer:
                 for samples, images in _batches(raw, _numbers(raw, shard), batch_size, image_size, pool):
                     _write_batch(writer, samples, images, encode_images, encode_text, encoding)

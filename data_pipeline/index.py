@@ -79,7 +79,8 @@ def build_index(
     repeated = _mark_duplicates(root, ordered)
     rejected = [entry for index in ordered for entry in (*index.rejected, *repeated.get(index.name, []))]
     shards = tuple(
-        ShardInfo(i.name, len(i.key_ends_N) - len(repeated.get(i.name, [])), i.read, i.bytes, i.sha256) for i in ordered
+        ShardInfo(i.name, len(i.key_ends_N) - len(repeated.get(i.name, [])), i.read, i.bytes, i.mtime_ns, i.sha256)
+        for i in ordered
     )
     manifest = Manifest(
         kind="raw" if encoding is None else "encoded",

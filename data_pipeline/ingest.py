@@ -26,6 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from data_pipeline.atomic import write_bytes
+from data_pipeline.manifest import remove_manifest
 from data_pipeline.picture_folder import INGEST_CAUSES, PictureFolder, UnusableError
 from data_pipeline.shard_index import index_path
 from data_pipeline.tables import TABLE_SUFFIXES, BadRow, Row, read_table
@@ -103,7 +104,8 @@ def ingest(
     time a sample. In a folder of pairs, `a.png` takes `a.txt`. Captions lose white space at their ends and,
     with `lowercase`, their capitals. Tars are hard linked where the file system allows it and copied
     otherwise, under their own names. Run again, it keeps finished shards whose contents would be the same,
-    and rewrites the others.
+    and rewrites the others; before the first of them it removes the set's manifest, so that nothing reads the new
+    shards through the old index.
 
     Raises ValueError when the source is none of these, a field is unknown (listing those that exist), no
     sample results, or `out` holds tars that did not come from here.
@@ -262,6 +264,7 @@ def _write(
         flush()
     # What an earlier, larger run of this command left over would otherwise be indexed as part of the set.
     for name in set(earlier) - set(names):
+        remove_manifest(out)
         (out / name).unlink()
         index_path(out / name).unlink(missing_ok=True)
     write_bytes(out / QUARANTINE, "".join(json.dumps(asdict(one)) + "\n" for one in refused).encode())
@@ -297,6 +300,7 @@ def _write_shard(path: Path, entries: list[_Entry], root: Path, earlier: str | N
         digest.update(json.dumps(facts).encode() + b"\n")
     if digest.hexdigest() == earlier:
         return False
+    remove_manifest(path.parent)
     with ShardWriter(path, {CONTENT_RECORD: digest.hexdigest()}) as writer:
         for entry in entries:
             picture = root / entry.source
@@ -332,6 +336,7 @@ def _take_tars(source: Path, out: Path, names: list[str]) -> IngestReport:
         except OSError:  # another file system, or one without hard links
             shutil.copy2(origin, temporary)
             copied += 1
+        remove_manifest(out)
         os.replace(temporary, target)
     ignored = len(PictureFolder(source, leave_out=(out,)).others) - len(names) if source.is_dir() else 0
     report = IngestReport("tars", 0, 0, {}, 0, ignored, len(names), linked=linked, copied=copied)

@@ -1,7 +1,13 @@
 """The manifest of a set of shards: what it holds, what was set aside and why, in one JSON file at its root.
 
 `manifest.json` is written last, so a set that has one was indexed whole; `quarantine.jsonl` beside it names
-every sample that was set aside.
+every sample that was set aside. Whoever writes a shard into a set removes its manifest first.
+
+A set is read through what its index says of each shard, so a shard that has changed since must be noticed. Its size
+alone does not tell, as tars are padded. Its modification time does, but a copied set has other times as well, and is
+as good. So a shard with another time is hashed, once: the time is then noted in its index. A large copy is not
+hashed when it is opened, which every process of a run does, but shard by shard when a process first reads from it
+(`shard_set`). Indexing a copy again, which reads no shard twice, writes its times into the manifest.
 """
 
 import hashlib
@@ -16,23 +22,28 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.atomic import write_bytes
-from data_pipeline.shard_index import FORMAT_VERSION, Rejected, Settings
+from data_pipeline.shard_index import Rejected, Settings, ShardIndex, confirmed, load_shard_index
 from data_pipeline.verify import CAUSES
 
 MANIFEST: Final = "manifest.json"
 QUARANTINE: Final = "quarantine.jsonl"
+MANIFEST_VERSION: Final = 2
+
+_CHECKED_AT_ONCE: Final = 2 * 10**9
+"""Bytes of shards with another modification time that opening a set hashes: some seconds."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: name relative to the set's root, good samples, samples read, size in bytes, SHA-256 of the
-    file.
+    """One shard: name relative to the set's root, good samples, samples read, size in bytes, modification time
+    when it was indexed (nanoseconds), SHA-256 of the file.
     """
 
     name: str
     samples: int
     read: int
     bytes: int
+    mtime_ns: int = field(compare=False)  # a copied set is the same set
     sha256: str
 
 
@@ -73,16 +84,25 @@ def save_manifest(root: Path, manifest: Manifest, rejected: Iterable[Rejected]) 
     """Write `quarantine.jsonl`, then `manifest.json`, each atomically."""
     lines = [json.dumps(asdict(entry)) + "\n" for entry in rejected]
     write_bytes(root / QUARANTINE, "".join(lines).encode())
-    record = {"format": "image-text-shards", "version": FORMAT_VERSION, **asdict(manifest)}
+    record = {"format": "image-text-shards", "version": MANIFEST_VERSION, **asdict(manifest)}
     del record["reused"]
     write_bytes(root / MANIFEST, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def load_manifest(root: Path) -> Manifest:
-    """Read the manifest of a set and check that every shard on disk still has the recorded size.
+def remove_manifest(root: Path) -> None:
+    """Remove the manifest of a set, if there is one: for before a shard in it is written, replaced or removed.
 
-    Raises ValueError when there is no manifest, it is of another version, or a shard is missing or another
-    size.
+    The set is then none until it is indexed again, however far the writing gets.
+    """
+    (root / MANIFEST).unlink(missing_ok=True)
+
+
+def load_manifest(root: Path) -> Manifest:
+    """Read the manifest of a set and check that the shards on disk are those that were indexed.
+
+    A missing shard or another size is an error. Shards with another modification time are hashed here, unless there
+    are more than 2 GB of them: then this is left to whoever reads from one (see the top of this file). Raises
+    ValueError when there is no manifest, it is of another version, or a shard is missing or has changed.
     """
     root = Path(root)
     again = f"run `t2i data index {root}`"
@@ -92,22 +112,41 @@ def load_manifest(root: Path) -> Manifest:
         raise ValueError(f"{root} has no {MANIFEST}: {again} first") from error
     except ValueError as error:
         raise ValueError(f"{root / MANIFEST} is not JSON ({error}): {again}") from error
-    if record.pop("format", None) != "image-text-shards" or record.pop("version", None) != FORMAT_VERSION:
-        raise ValueError(f"{root / MANIFEST} is not version {FORMAT_VERSION} of this format: {again}")
+    if record.pop("format", None) != "image-text-shards" or record.pop("version", None) != MANIFEST_VERSION:
+        raise ValueError(f"{root / MANIFEST} is not version {MANIFEST_VERSION} of this format: {again}")
     record["settings"] = Settings(**record["settings"])
     record["members"] = tuple(record["members"])
     record["shards"] = tuple(ShardInfo(**shard) for shard in record["shards"])
     manifest = Manifest(**record)
+    touched = []
     for shard in manifest.shards:
         try:
-            size = (root / shard.name).stat().st_size
+            status = (root / shard.name).stat()
         except FileNotFoundError as error:
             raise ValueError(f"shard {shard.name} of {root} is gone since it was indexed: {again}") from error
-        if size != shard.bytes:
+        if status.st_size != shard.bytes:
             raise ValueError(
-                f"shard {shard.name} of {root} has {size} bytes on disk, {shard.bytes} in the manifest: {again}"
+                f"shard {shard.name} of {root} has {status.st_size} bytes on disk, {shard.bytes} in the manifest: {again}"
             )
+        if status.st_mtime_ns != shard.mtime_ns:
+            touched.append(shard)
+    if sum(shard.bytes for shard in touched) <= _CHECKED_AT_ONCE:
+        for shard in touched:
+            index = load_shard_index(root / shard.name)
+            # An index that is not the manifest's is the reader's to refuse.
+            if index is not None and index.sha256 == shard.sha256:
+                refuse_changed(root, shard.name, index)
     return manifest
+
+
+def refuse_changed(root: Path, name: str, index: ShardIndex) -> None:
+    """Raise ValueError when a shard is not the one that was indexed; see `shard_index.confirmed`."""
+    try:
+        unchanged = confirmed(root / name, index) is not None
+    except OSError as error:
+        raise ValueError(f"shard {name} of {root} is unreadable since it was indexed: {error}") from error
+    if not unchanged:
+        raise ValueError(f"shard {name} of {root} has changed since it was indexed: run `t2i data index {root}`")
 
 
 def load_quarantine(root: Path) -> list[Rejected]:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from data_pipeline.atomic import remove_leftovers, replacing, write_bytes
 from data_pipeline.geneval_text import TAGS, prompt_for
+from data_pipeline.manifest import remove_manifest
 
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
@@ -315,10 +316,14 @@ def _shard_members(seed: int, first: int, last: int) -> Iterator[tuple[str, byte
         yield f"{index:08d}.json", json.dumps(sample.metadata).encode()
 
 
+def _shard_path(out: Path, shard: int) -> Path:
+    return out / f"shapes-{shard:06d}.tar"
+
+
 def _write_shard(out: Path, seed: int, samples: int, shard_size: int, shard: int) -> int:
     """Write one tar whole, unless it is there; returns its number of samples."""
     first, last = shard * shard_size, min(samples, (shard + 1) * shard_size)
-    path = out / f"shapes-{shard:06d}.tar"
+    path = _shard_path(out, shard)
     if not path.exists():
         with replacing(path) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
             for name, data in _shard_members(seed, first, last):
@@ -344,6 +349,8 @@ def write_shards(out: Path, samples: int, seed: int = 0, shard_size: int = 1000,
     write_bytes(recorded, json.dumps(wanted).encode())
     remove_leftovers(out)
     shards = math.ceil(samples / shard_size)
+    if not all(_shard_path(out, shard).exists() for shard in range(shards)):
+        remove_manifest(out)
     write = partial(_write_shard, out, seed, samples, shard_size)
     with ProcessPoolExecutor(workers) as pool, tqdm(total=samples, desc="shapes", unit="picture") as bar:
         for count in pool.map(write, range(shards)):

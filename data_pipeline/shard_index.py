@@ -5,6 +5,7 @@ like when it was read (size, modification time, checksum, settings), so that an 
 twice. Shape suffixes: N good samples, M distinct member suffixes, K bytes of all keys together.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -159,14 +160,19 @@ def file_sha256(path: Path) -> str:
 
 
 def load_current(tar: Path, name: str, settings: Settings) -> ShardIndex | None:
-    """The index beside `tar` if it still describes it under these settings, else None.
-
-    Same size and modification time count as the same file; with another time (a copied set) the checksum
-    decides.
-    """
+    """The index beside `tar` if it still describes it (see `confirmed`) under these settings, else None."""
     index = load_shard_index(tar)
     if index is None or index.settings != settings or index.name != name:
         return None
+    return confirmed(tar, index)
+
+
+def confirmed(tar: Path, index: ShardIndex) -> ShardIndex | None:
+    """The index, if the tar is still the one that it was made from, else None. Raises OSError when there is no tar.
+
+    Same size and modification time count as the same file. With another time, as in a copied set, the checksum
+    decides, and the time is noted in the index beside the tar, so that a copy is hashed once.
+    """
     status = tar.stat()
     if status.st_size != index.bytes:
         return None
@@ -175,5 +181,6 @@ def load_current(tar: Path, name: str, settings: Settings) -> ShardIndex | None:
     if file_sha256(tar) != index.sha256:
         return None
     index = replace(index, mtime_ns=status.st_mtime_ns)
-    save_shard_index(tar, index)
+    with contextlib.suppress(OSError):  # where nothing can be written, the next process hashes it again
+        save_shard_index(tar, index)
     return index

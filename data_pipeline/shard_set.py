@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from data_pipeline.images import IMAGE_SUFFIXES
-from data_pipeline.manifest import load_manifest
+from data_pipeline.manifest import load_manifest, refuse_changed
 from data_pipeline.shard_index import ShardIndex, load_shard_index
 from data_pipeline.verify import CODES, STATES, BadSampleError, caption_of, codes_of, label_of
 
@@ -184,6 +184,7 @@ class ShardSet:
                         f"the index of shard {self.root / info.name} does not belong to the manifest: "
                         f"run `t2i data index {self.root}`"
                     )
+                refuse_changed(self.root, info.name, index)
                 self._indexes[shard] = index, rows
             return self._indexes[shard]
 

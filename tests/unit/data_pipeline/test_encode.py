@@ -178,6 +178,20 @@ def test_a_raw_shard_that_changed_is_encoded_again(raw: Path, tmp_path: Path, ra
     assert manifest.samples == 21 + counting.seen
 
 
+def test_a_set_that_is_encoded_again_is_none_until_it_is_whole(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(raw, out)
+    run(raw, out)
+    assert len(ShardSet(out)) == 28, "nothing was written, so the index is still right"
+    path = raw / "00002.tar"
+    path.write_bytes(path.read_bytes().replace(b"a 15", b"b 15"))
+    build_index(raw, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw, out, encode_images=Counting(limit=3))
+    assert not (out / "manifest.json").exists()
+    assert run(raw, out).samples == 28
+
+
 def test_an_encoded_shard_that_was_damaged_is_encoded_again(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(raw, out)

@@ -198,6 +198,46 @@ def test_running_again_keeps_finished_shards_and_rewrites_changed_ones(pictures:
     ]
 
 
+def test_a_set_that_is_ingested_again_is_none_until_it_is_indexed(pictures: Path, tmp_path: Path) -> None:
+    rows = [{"image": name, "caption": name} for name in ("a.png", "b c.jpg", "z.jpeg")]
+    source, out = table(tmp_path / "t.json", rows), tmp_path / "out"
+    options: dict[str, Any] = {"images": pictures, "shard_size": 1, "progress": False}
+    run(source, out, images=pictures, shard_size=1)
+    ingest(source, out, **options)
+    assert len(ShardSet(out)) == 3, "nothing was written, so the index is still right"
+    size = (out / "00002.tar").stat().st_size
+    (pictures / "z.jpeg").write_bytes((pictures / "z.jpeg").read_bytes() + b" ")
+    ingest(source, out, **options)
+    assert (out / "00002.tar").stat().st_size == size, "the padding of tars hides the change"
+    with pytest.raises(ValueError, match=r"has no manifest\.json: run `t2i data index"):
+        ShardSet(out)
+    build_index(out, progress=False)
+    assert ShardSet(out).read_raw(2).image.endswith(b" ")
+    ingest(table(tmp_path / "t.json", rows[:2]), out, **options)
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        ShardSet(out)
+
+
+def test_the_manifest_goes_before_the_first_shard_is_rewritten(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"image": name, "caption": name} for name in ("a.png", "z.jpeg")]
+    source, out = table(tmp_path / "t.json", rows), tmp_path / "out"
+    run(source, out, images=pictures, shard_size=1)
+    (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes() + b" ")
+    read_bytes = Path.read_bytes
+
+    def interrupted(path: Path) -> bytes:
+        if path.name == "a.png":
+            raise KeyboardInterrupt
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(source, out, images=pictures, shard_size=1, progress=False)
+    assert not (out / "manifest.json").exists()
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +295,29 @@ def test_img2dataset_tars_are_linked_as_they_are(img2dataset: Path, tmp_path: Pa
         0,
         1,
     )
+
+
+def test_other_tars_in_place_of_indexed_ones_need_an_index_again(
+    img2dataset: Path, tmp_path: Path, write_tar: Callable[..., Path], picture: MakePicture
+) -> None:
+    out = tmp_path / "out"
+    run(img2dataset, out)
+    ingest(img2dataset, out)
+    assert len(ShardSet(out)) == 5
+    (img2dataset / "00001.tar").unlink()
+    write_tar("downloaded/00001.tar", [("new.png", picture()), ("new.txt", b"new")])
+    assert ingest(img2dataset, out).linked == 1
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        ShardSet(out)
+
+
+def test_a_hard_linked_tar_that_its_owner_rewrites_is_noticed(img2dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(img2dataset, out)
+    path = img2dataset / "00000.tar"
+    path.write_bytes(path.read_bytes().replace(b"c 000000001", b"d 000000001"))
+    with pytest.raises(ValueError, match=r"00000\.tar of .* has changed since it was indexed"):
+        ShardSet(out)
 
 
 def test_tars_are_copied_where_they_cannot_be_linked(

@@ -225,6 +225,7 @@ def test_errors_reach_the_consumer_at_their_step_and_stay(shards: ShardSet) -> N
 
 
 def test_a_shard_damaged_while_training_stops_the_loader(shards: ShardSet) -> None:
+    shards.read(20)
     (shards.root / "00002.tar").write_bytes(b"")
     loader = BatchLoader(shards, LaneOrder(0, 40, 4), 8, 0, 1, 0, keys)
     with pytest.raises(ValueError, match=r"of shard .*00002\.tar is unreadable"):

@@ -252,6 +252,16 @@ def test_an_interrupted_set_is_finished_without_touching_what_is_there(tmp_path:
     assert (tmp_path / "shapes-000002.tar").stat().st_mtime_ns == kept
 
 
+def test_an_indexed_set_that_is_made_again_is_none_until_it_is_indexed(tmp_path: Path) -> None:
+    write_shards(tmp_path, 12, shard_size=10, workers=1)
+    build_index(tmp_path, progress=False)
+    write_shards(tmp_path, 12, shard_size=10, workers=1)
+    assert len(ShardSet(tmp_path)) == 12, "nothing was written, so the index is still right"
+    (tmp_path / "shapes-000001.tar").unlink()
+    write_shards(tmp_path, 12, shard_size=10, workers=1)
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_a_set_made_with_other_numbers_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, 12, shard_size=10, workers=1)
     before = tars(tmp_path)

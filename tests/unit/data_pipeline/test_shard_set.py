@@ -1,3 +1,6 @@
+import errno
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.index import RawSample, ShardSet, build_index, load_manifest
+from data_pipeline.shard_index import file_sha256
 
 RawSet = Callable[..., Path]
 
@@ -47,12 +51,112 @@ def test_a_set_that_changed_since_indexing_is_refused(raw_set: RawSet) -> None:
         ShardSet(root)
 
 
+def same_size(path: Path) -> bytes:
+    """The bytes of a tar of `raw_set` with another caption, of the same size."""
+    changed = path.read_bytes().replace(b"a 1", b"b 1")
+    assert changed != path.read_bytes()
+    return changed
+
+
+def test_a_shard_that_changed_but_not_its_size_is_refused(raw_set: RawSet) -> None:
+    root = raw_set(2, 3)
+    build_index(root, progress=False)
+    path = root / "00000.tar"
+    path.write_bytes(same_size(path))
+    with pytest.raises(ValueError, match=r"00000\.tar of .*raw has changed since it was indexed: run `t2i data index"):
+        ShardSet(root)
+    build_index(root, progress=False)
+    assert ShardSet(root).read(1).caption == "b 1"
+
+
+def test_a_shard_replaced_by_an_older_file_is_refused(raw_set: RawSet) -> None:
+    root = raw_set(2, 3)
+    build_index(root, progress=False)
+    path = root / "00000.tar"
+    path.write_bytes(same_size(path))
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(ValueError, match="has changed since it was indexed"):
+        load_manifest(root)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were hashed, in order."""
+    names: list[str] = []
+
+    def count(path: Path) -> str:
+        names.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("data_pipeline.shard_index.file_sha256", count)
+    return names
+
+
+def test_a_copied_set_is_the_same_set_and_hashed_once(raw_set: RawSet, tmp_path: Path, hashed: list[str]) -> None:
+    root = raw_set(2, 3)
+    manifest = build_index(root, progress=False)
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)
+    assert hashed == []
+    for _ in range(2):
+        assert load_manifest(copy) == manifest
+        assert ShardSet(copy).read(4).caption == "a 4"
+        assert hashed == ["00000.tar", "00001.tar"]
+
+
+def test_indexing_a_copy_notes_its_times(raw_set: RawSet, tmp_path: Path, hashed: list[str]) -> None:
+    root = raw_set(2, 3)
+    manifest = build_index(root, progress=False)
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)
+    again = build_index(copy, progress=False)
+    assert (again, again.reused) == (manifest, 2)
+    assert [shard.mtime_ns for shard in again.shards] == [
+        path.stat().st_mtime_ns for path in sorted(copy.glob("*.tar"))
+    ]
+    hashed.clear()
+    (copy / "00000.tar.idx.npz").unlink()
+    assert load_manifest(copy) == again, "times that agree need no index"
+    assert hashed == []
+
+
+def test_a_large_copy_is_hashed_where_it_is_read(
+    raw_set: RawSet, tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = raw_set(3, 3)
+    build_index(root, progress=False)
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)
+    (copy / "00002.tar").write_bytes((copy / "00002.tar").read_bytes().replace(b"a 8", b"b 8"))
+    monkeypatch.setattr("data_pipeline.manifest._CHECKED_AT_ONCE", 1000)
+    shards = ShardSet(copy)
+    assert hashed == []
+    assert [shards.read(i).caption for i in range(3)] == ["a 0", "a 1", "a 2"]
+    assert ShardSet(copy).read(0).caption == "a 0"
+    assert hashed == ["00000.tar"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"00002\.tar of .* has changed since it was indexed"):
+            shards.read(6)
+
+
+def test_a_copy_in_a_folder_that_cannot_be_written_is_read(raw_set: RawSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = raw_set(1, 3)
+    build_index(root, progress=False)
+    os.utime(root / "00000.tar", ns=(0, 0))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr("data_pipeline.shard_index.write_bytes", refuse)
+    assert ShardSet(root).read(2).caption == "a 2"
+
+
 def test_a_manifest_of_another_version_is_refused(raw_set: RawSet) -> None:
     root = raw_set(1, 3)
     build_index(root, progress=False)
     text = (root / "manifest.json").read_text()
-    (root / "manifest.json").write_text(text.replace('"version": 1', '"version": 99'))
-    with pytest.raises(ValueError, match="not version 1"):
+    (root / "manifest.json").write_text(text.replace('"version": 2', '"version": 99'))
+    with pytest.raises(ValueError, match="not version 2"):
         ShardSet(root)
     (root / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
@@ -71,6 +175,7 @@ def test_read_errors_name_key_shard_and_offset(raw_set: RawSet) -> None:
     root = raw_set(1, 3)
     build_index(root, progress=False)
     shards = ShardSet(root)
+    shards.read(0)  # what changes later is noticed no more
     path = root / "00000.tar"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"a 1", b"\xff\xff\xff"))  # same size, so only reading can tell
