@@ -2,8 +2,8 @@
 
 The source is a table (CSV, TSV, JSON, JSONL, parquet) that names picture files and captions, a folder of
 picture and `.txt` pairs, or a folder of webdataset tars such as img2dataset writes, which are taken as they
-are. Pictures are stored byte for byte; decoding, and laying transparency over white, happens where they are
-used (`data_pipeline.images`).
+are. Folders may hold links to other folders. Pictures are stored byte for byte; decoding, and laying
+transparency over white, happens where they are used (`data_pipeline.images`).
 
 A sample's key is the number of its row (or of its file, in sorted order), nine digits; its `KEY.json` keeps
 that row and the source file's name. What cannot become a sample is counted by cause and listed in
@@ -43,10 +43,10 @@ class IngestReport:
     """What an ingestion did.
 
     For tables and pairs, `read` rows (or pictures, and captions without one) equal `samples` plus all of
-    `quarantined`. `unlisted` counts pictures in the folder that the table does not name, `ignored` files that
-    are neither picture nor caption. Tars are not opened, so `read` and `samples` are 0 for them until they
-    are indexed. `shards` is all tars in the result; of these `written`, `linked` (hard links) and `copied`
-    were made by this run, the rest found finished.
+    `quarantined`. `unlisted` counts pictures in the folder that the table does not name, `ignored` files that are
+    neither picture nor caption, and folders that were not read. Tars are not opened, so `read` and `samples` are 0 for
+    them until they are indexed, and `ignored` counts whatever else lies in their folder. `shards` is all tars in the
+    result; of these `written`, `linked` (hard links) and `copied` were made by this run, the rest found finished.
     """
 
     kind: Literal["table", "pairs", "tars"]
@@ -107,8 +107,8 @@ def ingest(
     and rewrites the others; before the first of them it removes the set's manifest, so that nothing reads the new
     shards through the old index.
 
-    Raises ValueError when the source is none of these, a field is unknown (listing those that exist), no
-    sample results, or `out` holds tars that did not come from here.
+    Raises ValueError when the source is none of these or two of them, a field is unknown (listing those that exist),
+    no sample results, or `out` holds tars that did not come from here.
     """
     source, out = Path(source), Path(out)
     if shard_size < 1:
@@ -127,7 +127,13 @@ def ingest(
     if tars := _source_tars(source, out):
         if lowercase:
             raise ValueError(f"captions inside the tars of {source} are taken as they are: leave lowercase out")
-        return _take_tars(source, out, tars)
+        beside = PictureFolder(source, leave_out=(out,)) if source.is_dir() else None
+        if beside is not None and (pairs := len(_captioned(beside))):
+            raise ValueError(
+                f"{source} holds {pairs:,} pictures with .txt captions and also {len(tars):,} tars: to take the pictures, "
+                f"move the tars elsewhere; to take a tar, give it itself ({source / tars[0]})"
+            )
+        return _take_tars(source, out, tars, beside)
     if not source.is_dir():
         raise ValueError(f"{source} is no table: give one of {', '.join(TABLE_SUFFIXES)}, or a folder")
     folder = PictureFolder(source, leave_out=(out,))
@@ -184,8 +190,19 @@ def _from_table(
             yield _Entry(number, picture, caption, label)
 
 
+def _captions(folder: PictureFolder) -> dict[str, str]:
+    """The .txt files of a folder, by path without the suffix."""
+    return {name[: -len(".txt")]: name for name in folder.others if name.lower().endswith(".txt")}
+
+
+def _captioned(folder: PictureFolder) -> list[str]:
+    """The pictures of a folder that have a .txt file beside them."""
+    texts = _captions(folder)
+    return [picture for picture in folder.pictures if picture.rpartition(".")[0] in texts]
+
+
 def _from_pairs(folder: PictureFolder) -> Iterator[_Entry | _Refused]:
-    texts = {name[: -len(".txt")]: name for name in folder.others if name.lower().endswith(".txt")}
+    texts = _captions(folder)
     folder.others.difference_update(texts.values())
     stems = {picture.rpartition(".")[0] for picture in folder.pictures}
     for number, picture in enumerate(folder.pictures):
@@ -282,12 +299,16 @@ def _write(
 
 def _own_tars(out: Path) -> dict[str, str]:
     """Tars that an earlier run of this command left in `out`, with the hash of what is in each."""
-    own = {}
+    own: dict[str, str] = {}
     for name in tar_names(out) if out.is_dir() else []:
         try:
-            own[name] = read_pax(out / name)[CONTENT_RECORD]
-        except (tarfile.ReadError, KeyError) as error:
-            raise ValueError(f"{out / name} was not made by this command: choose another out folder") from error
+            content = read_pax(out / name).get(CONTENT_RECORD)
+        except tarfile.ReadError:
+            content = None
+        # What lies in a subfolder is another set's, whose tars are not ours to remove.
+        if content is None or "/" in name:
+            raise ValueError(f"{out / name} was not made by this command for {out}: choose another out folder")
+        own[name] = content
     return own
 
 
@@ -318,7 +339,8 @@ def _source_tars(source: Path, out: Path) -> list[str]:
     return [source.name] if source.suffix == ".tar" else []
 
 
-def _take_tars(source: Path, out: Path, names: list[str]) -> IngestReport:
+def _take_tars(source: Path, out: Path, names: list[str], beside: PictureFolder | None) -> IngestReport:
+    """Link or copy tars; `beside` is all that lies in the source, None where that is a single tar."""
     root = source if source.is_dir() else source.parent
     if strangers := sorted(set(tar_names(out) if out.is_dir() else []) - set(names)):
         raise ValueError(f"{out / strangers[0]} is not from {source}: choose another out folder")
@@ -338,7 +360,7 @@ def _take_tars(source: Path, out: Path, names: list[str]) -> IngestReport:
             copied += 1
         remove_manifest(out)
         os.replace(temporary, target)
-    ignored = len(PictureFolder(source, leave_out=(out,)).others) - len(names) if source.is_dir() else 0
+    ignored = len(beside.others) + len(beside.pictures) - len(names) if beside is not None else 0
     report = IngestReport("tars", 0, 0, {}, 0, ignored, len(names), linked=linked, copied=copied)
     _save_report(out, report)
     return report

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from data_pipeline.folders import files_under
 from data_pipeline.images import IMAGE_SUFFIXES
 
 INGEST_CAUSES: Final = {
@@ -33,8 +34,9 @@ class UnusableError(Exception):
 class PictureFolder:
     """The files under `root`, by path relative to it: `pictures` (sorted), and `others`.
 
-    `leave_out` are files and folders that do not count, such as the table itself or the output. `found`
-    collects the pictures that `find` has returned. Raises ValueError when `root` is no folder.
+    Links to folders are followed, each real folder once; folders that could not be read are among `others` (see
+    `folders.files_under`). `leave_out` are files and folders that do not count, such as the table itself or the output.
+    `found` collects the pictures that `find` has returned. Raises ValueError when `root` is no folder.
     """
 
     def __init__(self, root: Path, leave_out: Iterable[Path] = ()) -> None:
@@ -42,18 +44,15 @@ class PictureFolder:
             raise ValueError(f"{root} is not a folder: give the one that holds the pictures")
         self.root = root
         self.found: set[str] = set()
-        self.others: set[str] = set()
         pictures: list[str] = []
         skipped = {path.resolve() for path in leave_out}
-        for folder, subfolders, files in os.walk(root):
-            subfolders[:] = [name for name in subfolders if Path(folder, name).resolve() not in skipped]
-            for name in files:
-                path = Path(folder, name)
-                relative = path.relative_to(root).as_posix()
-                if _is_picture(name) and not name.startswith("."):
-                    pictures.append(relative)
-                elif path.resolve() not in skipped:
-                    self.others.add(relative)
+        files, unread = files_under(root, lambda folder: any(folder.resolve().is_relative_to(s) for s in skipped))
+        self.others: set[str] = set(unread)
+        for name in files:
+            if _is_picture(name) and not name.rpartition("/")[2].startswith("."):
+                pictures.append(name)
+            elif (root / name).resolve() not in skipped:
+                self.others.add(name)
         # File systems and tables disagree on how accented letters are composed, so names match in either
         # form.
         self._composed = {unicodedata.normalize("NFC", name): name for name in pictures}

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from data_pipeline.atomic import replacing
+from data_pipeline.folders import files_under
 from data_pipeline.images import IMAGE_SUFFIXES
 
 TRUNCATED: Final = "truncated_tar"
@@ -71,11 +72,13 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def tar_names(root: Path) -> list[str]:
-    """Paths, relative to `root` and sorted, of the `.tar` files under it, hidden files and folders left
-    out.
+    """Paths, relative to `root` and sorted, of the `.tar` files under it, in linked folders too (see
+    `folders.files_under`), hidden files and folders left out.
     """
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.tar") if path.is_file())
-    return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    names, _ = files_under(root, lambda folder: folder.name.startswith("."))
+    return [
+        n for n in names if n.endswith(".tar") and not n.rpartition("/")[2].startswith(".") and (root / n).is_file()
+    ]
 
 
 def scan_tar(path: Path) -> TarScan:

@@ -279,6 +279,16 @@ def test_shards_in_subfolders_and_ignored_members(tmp_path: Path, write_tar: Wri
     assert (manifest.shards[0].name, manifest.ignored, manifest.samples) == ("part one/0.tar", 1, 1)
 
 
+def test_shards_in_a_linked_folder(tmp_path: Path, raw_set: Callable[..., Path]) -> None:
+    target = raw_set(2, 3)
+    (tmp_path / "set").mkdir()
+    for name in ("disk2", "again", ".hidden"):
+        (tmp_path / "set" / name).symlink_to(target)
+    manifest = index(tmp_path / "set")
+    assert [shard.name for shard in manifest.shards] == ["again/00000.tar", "again/00001.tar"]
+    assert manifest.samples == 6
+
+
 def test_the_table_shows_every_cause_and_adds_up(raw_set: Callable[..., Path]) -> None:
     root = raw_set(2, 4)
     os.truncate(root / "00001.tar", 3000)

@@ -333,6 +333,57 @@ def test_tars_are_copied_where_they_cannot_be_linked(
     assert run(img2dataset, tmp_path / "out").copied == 0
 
 
+def test_pictures_with_captions_beside_tars_are_refused(img2dataset: Path, pictures: Path, tmp_path: Path) -> None:
+    for name in ("a", "b c", "sub/日本", "orphan"):
+        (pictures / f"{name}.txt").write_text("a caption")
+    (img2dataset / "00000.tar").rename(pictures / "stray.tar")
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"pictures holds 3 pictures with \.txt captions and also 1 tars.*move.*give.*stray\.tar"
+    ):
+        ingest(pictures, out)
+    assert not out.exists()
+    assert run(pictures / "stray.tar", out).linked == 1
+    (pictures / "stray.tar").unlink()
+    assert run(pictures, tmp_path / "pairs").samples == 3
+
+
+def test_what_lies_beside_tars_is_counted(img2dataset: Path, tmp_path: Path, picture: MakePicture) -> None:
+    (img2dataset / "preview.png").write_bytes(picture())
+    (img2dataset / "notes.txt").write_text("about the set")
+    (img2dataset / "00000.parquet").write_bytes(b"")
+    assert run(img2dataset, tmp_path / "out") == IngestReport("tars", 0, 0, {}, 0, ignored=5, shards=2, linked=2)
+
+
+def test_linked_folders_are_read_once(pictures: Path, img2dataset: Path, tmp_path: Path) -> None:
+    for name in ("a", "sub/日本"):
+        (pictures / f"{name}.txt").write_text("a caption")
+    main = tmp_path / "main"
+    main.mkdir()
+    for name, target in (("one", pictures), ("two", pictures), ("up", tmp_path)):
+        (main / name).symlink_to(target)
+    report = run(main, tmp_path / "out")
+    assert captions(tmp_path / "out") == {"one/a.png": "a caption", "one/sub/日本.PNG": "a caption"}
+    assert (report.read, report.quarantined) == (5, {"missing_caption": 3})
+    assert report.ignored == 3, "readme.md, and two links that were not followed"
+    for name in ("one", "two", "up"):
+        (main / name).unlink()
+    (main / "tars").symlink_to(img2dataset)
+    taken = run(main, tmp_path / "tars")
+    assert (taken.shards, taken.ignored) == (2, 2)
+    rows = [{"image": "link/a.png", "caption": "x"}]
+    (main / "link").symlink_to(pictures)
+    assert run(table(tmp_path / "t.json", rows), tmp_path / "table", images=main).samples == 1
+
+
+def test_a_set_in_a_subfolder_of_out_is_left_alone(pictures: Path, tmp_path: Path) -> None:
+    source = table(tmp_path / "t.json", [{"image": "a.png", "caption": "x"}])
+    run(source, tmp_path / "data" / "mine", images=pictures)
+    with pytest.raises(ValueError, match=r"mine/00000\.tar was not made by this command for .*data: choose another"):
+        ingest(source, tmp_path / "data", images=pictures)
+    assert len(ShardSet(tmp_path / "data" / "mine")) == 1
+
+
 def test_sources_that_cannot_be_used_are_refused(pictures: Path, img2dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     cases: list[tuple[Path, dict[str, Any], str]] = [
