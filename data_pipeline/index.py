@@ -13,6 +13,7 @@ samples' members lie), and at the root `manifest.json` (shards, counts, sizes, c
 """
 
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -76,16 +77,15 @@ def build_index(
             bar.update()
     ordered = [indexes[name] for name in names]
     encoding = _one_encoding(root, ordered)
-    repeated = _mark_duplicates(root, ordered)
+    ordered, repeated = _mark_duplicates(root, ordered)
     rejected = [entry for index in ordered for entry in (*index.rejected, *repeated.get(index.name, []))]
     shards = tuple(
-        ShardInfo(i.name, len(i.key_ends_N) - len(repeated.get(i.name, [])), i.read, i.bytes, i.mtime_ns, i.sha256)
-        for i in ordered
+        ShardInfo(i.name, int((~i.duplicate_N).sum()), i.read, i.bytes, i.mtime_ns, i.sha256) for i in ordered
     )
     manifest = Manifest(
         kind="raw" if encoding is None else "encoded",
         settings=settings,
-        members=tuple(sorted({suffix for index in ordered for suffix in index.suffixes})),
+        members=_count_members(ordered),
         shards=shards,
         samples=sum(shard.samples for shard in shards),
         read=sum(shard.read for shard in shards),
@@ -148,8 +148,17 @@ def _one_encoding(root: Path, indexes: list[ShardIndex]) -> dict[str, Any] | Non
     return first.encoding
 
 
-def _mark_duplicates(root: Path, indexes: list[ShardIndex]) -> dict[str, list[Rejected]]:
-    """Find samples whose key an earlier shard has, and bring the shards' `duplicate_N` up to date.
+def _count_members(indexes: list[ShardIndex]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for index in indexes:
+        has_NM = index.offsets_NM[~index.duplicate_N] >= 0
+        counts.update(dict(zip(index.suffixes, has_NM.sum(0).tolist(), strict=True)))
+    return {suffix: counts[suffix] for suffix in sorted(counts) if counts[suffix]}
+
+
+def _mark_duplicates(root: Path, indexes: list[ShardIndex]) -> tuple[list[ShardIndex], dict[str, list[Rejected]]]:
+    """Find samples whose key an earlier shard has; returns the indexes with `duplicate_N` up to date, and the samples by
+    shard.
 
     Keys are compared by 64-bit hash first, so that a set of millions needs no dictionary of strings.
     """
@@ -159,6 +168,7 @@ def _mark_duplicates(root: Path, indexes: list[ShardIndex]) -> dict[str, list[Re
     suspect = counts[inverse] > 1
     seen: dict[str, str] = {}
     repeated: dict[str, list[Rejected]] = {}
+    marked: list[ShardIndex] = []
     start = 0
     for index in indexes:
         duplicate_N = np.zeros(len(index.key_ends_N), bool)
@@ -170,5 +180,7 @@ def _mark_duplicates(root: Path, indexes: list[ShardIndex]) -> dict[str, list[Re
                 repeated.setdefault(index.name, []).append(entry)
         start += len(duplicate_N)
         if not np.array_equal(duplicate_N, index.duplicate_N):
-            save_shard_index(root / index.name, index.with_duplicates(duplicate_N))
-    return repeated
+            index = index.with_duplicates(duplicate_N)
+            save_shard_index(root / index.name, index)
+        marked.append(index)
+    return marked, repeated

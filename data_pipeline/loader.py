@@ -149,9 +149,9 @@ def _mix(value_N: np.ndarray) -> np.ndarray:
 def collate_codes(samples: Sequence[RawSample | EncodedSample]) -> dict[str, Any]:
     """Join encoded samples to one batch.
 
-    Returns `codes` int64 [B, *grid]; `captions`, list of B strings; `labels` int64 [B], or None when no
-    sample has one; `states`, list of B bf16 tensors [length, channels], or None when no sample has any.
-    Raises ValueError when grids differ, or only some samples have a label or states.
+    Returns `codes` int64 [B, *grid]; `captions`, list of B strings; `labels` int64 [B], or None when any sample has
+    none; `states`, list of B bf16 tensors [length, channels], or None when no sample has any. A run that needs labels
+    asks `Manifest.lacking` before it starts. Raises ValueError when grids differ, or only some samples have states.
     """
     encoded = [sample for sample in samples if isinstance(sample, EncodedSample)]
     assert len(encoded) == len(samples) > 0, "collate_codes joins encoded samples"
@@ -162,15 +162,16 @@ def collate_codes(samples: Sequence[RawSample | EncodedSample]) -> dict[str, Any
                 f"samples {first.key!r} and {sample.key!r} have codes of shapes {first.codes.shape} and "
                 f"{sample.codes.shape}: encode the set with one grid"
             )
-        if (sample.label is None, sample.states is None) != (first.label is None, first.states is None):
+        if (sample.states is None) != (first.states is None):
             raise ValueError(
-                f"one of samples {first.key!r} and {sample.key!r} has a label or text states, "
-                "the other has not: train on sets where all samples have them or none"
+                f"one of samples {first.key!r} and {sample.key!r} has text states, the other has not: "
+                "train on sets where all samples have them or none"
             )
+    labels = [sample.label for sample in encoded if sample.label is not None]
     return {
         "codes": torch.from_numpy(np.stack([sample.codes for sample in encoded]).astype(np.int64)),
         "captions": [sample.caption for sample in encoded],
-        "labels": None if first.label is None else torch.tensor([sample.label for sample in encoded]),
+        "labels": torch.tensor(labels) if len(labels) == len(encoded) else None,
         "states": None if first.states is None else [sample.states for sample in encoded],
     }
 

@@ -27,7 +27,7 @@ from data_pipeline.verify import CAUSES
 
 MANIFEST: Final = "manifest.json"
 QUARANTINE: Final = "quarantine.jsonl"
-MANIFEST_VERSION: Final = 2
+MANIFEST_VERSION: Final = 3
 
 _CHECKED_AT_ONCE: Final = 2 * 10**9
 """Bytes of shards with another modification time that opening a set hashes: some seconds."""
@@ -51,7 +51,7 @@ class ShardInfo:
 class Manifest:
     """A verified set of shards.
 
-    members: the member suffixes of its good samples. samples: good samples. read: samples found in the
+    members: by member suffix, how many good samples have such a member. samples: good samples. read: samples found in the
     shards; it equals `samples` plus all of `quarantined`, which counts by cause. ignored: tar members that
     belong to no sample (folders, links, names without a key). encoding: what an encoded set was made with,
     None for a raw set. reused: how many shards the indexing that made this object did not have to read again
@@ -60,7 +60,7 @@ class Manifest:
 
     kind: Literal["raw", "encoded"]
     settings: Settings
-    members: tuple[str, ...]
+    members: dict[str, int]
     shards: tuple[ShardInfo, ...]
     samples: int
     read: int
@@ -72,6 +72,10 @@ class Manifest:
     def __post_init__(self) -> None:
         assert self.samples == sum(shard.samples for shard in self.shards)
         assert self.read == self.samples + sum(self.quarantined.values()), "counts do not add up"
+
+    def lacking(self, suffix: str) -> int:
+        """How many good samples have no member of this suffix, such as `cls`."""
+        return self.samples - self.members.get(suffix, 0)
 
     @property
     def digest(self) -> str:
@@ -115,7 +119,6 @@ def load_manifest(root: Path) -> Manifest:
     if record.pop("format", None) != "image-text-shards" or record.pop("version", None) != MANIFEST_VERSION:
         raise ValueError(f"{root / MANIFEST} is not version {MANIFEST_VERSION} of this format: {again}")
     record["settings"] = Settings(**record["settings"])
-    record["members"] = tuple(record["members"])
     record["shards"] = tuple(ShardInfo(**shard) for shard in record["shards"])
     manifest = Manifest(**record)
     touched = []

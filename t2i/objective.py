@@ -77,7 +77,7 @@ def condition_tensors(
     if recipe.model.condition == "class":
         if batch["labels"] is None:
             raise ValueError(
-                f"recipe {recipe.name} is class-conditional and {recipe.data.path} has no .cls members; "
+                f"recipe {recipe.name} is class-conditional and samples of {recipe.data.path} have no .cls members; "
                 "encode a set that has them"
             )
         labels: Tensor = batch["labels"]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_pipeline.atomic import write_bytes
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
+from data_pipeline.verify import STATES
 from t2i import checkpoint
 from t2i.checkpoint import RECIPE, VOCABULARY, Inputs
 from t2i.config import Recipe, TrainConfig, to_json
@@ -64,8 +65,9 @@ def inputs_of(recipe: Recipe, shards: ShardSet) -> Inputs:
 
 
 def check_data(recipe: Recipe, shards: ShardSet, inputs: Inputs) -> None:
-    """Raise ValueError unless the shards are what the recipe trains on: kind, grid, codebook, tokenizer, text encoder."""
-    path, encoding = recipe.data.path, shards.manifest.encoding
+    """Raise ValueError unless the shards are what the recipe trains on: kind, grid, codebook, tokenizer, and a class or
+    text states in every sample where the recipe needs them."""
+    path, manifest, encoding = recipe.data.path, shards.manifest, shards.manifest.encoding
     if encoding is None:
         raise ValueError(f"{path} holds raw pictures; encode it first: t2i encode {path} --out FOLDER")
     expected: dict[str, Any] = {
@@ -75,6 +77,11 @@ def check_data(recipe: Recipe, shards: ShardSet, inputs: Inputs) -> None:
         "tokenizer_sha256": inputs.tokenizer,
     }
     if inputs.text_encoder is not None:
+        if lacking := manifest.lacking(STATES):
+            raise ValueError(
+                f"recipe {recipe.name} trains on stored text states, and {lacking:,} of {len(shards):,} samples in {path} "
+                f"have none; encode the set with `t2i encode --text-encoder {recipe.frozen_text_encoder}`"
+            )
         expected["text_encoder_sha256"] = inputs.text_encoder
     for name, value in expected.items():
         found = encoding.get(name)
@@ -82,11 +89,25 @@ def check_data(recipe: Recipe, shards: ShardSet, inputs: Inputs) -> None:
             raise ValueError(
                 f"{path} was encoded with {name} {found} and recipe {recipe.name} needs {value}; encode it for this recipe"
             )
+    if recipe.model.condition == "class" and (lacking := manifest.lacking("cls")):
+        raise ValueError(
+            f"recipe {recipe.name} is class-conditional, and {lacking:,} of {len(shards):,} samples in {path} have no .cls "
+            "member; give each one a class (`t2i data ingest --label-field` for a table) and encode the set again"
+        )
     if len(shards) - recipe.data.validation < recipe.data.lanes:
         raise ValueError(
             f"{path} has {len(shards)} samples, {recipe.data.validation} of them for validation, too few for "
             f"{recipe.data.lanes} lanes; set data.lanes or data.validation lower"
         )
+    if recipe.frozen_text_encoder is not None:
+        states_LX = shards.read_encoded(0, (STATES,)).states
+        assert states_LX is not None, "every sample has states"
+        if states_LX.shape[1] != recipe.model.condition_dim:
+            raise ValueError(
+                f"{path} holds text states of {states_LX.shape[1]} channels and recipe {recipe.name} takes "
+                f"{recipe.model.condition_dim}; set model.condition_dim to {states_LX.shape[1]}, the width of "
+                f"{recipe.frozen_text_encoder}"
+            )
 
 
 def check_resumable(recipe: Recipe, inputs: Inputs) -> None:

@@ -50,7 +50,7 @@ def test_good_samples_are_indexed_and_read_back(raw_set: Callable[..., Path], pi
     root = raw_set(3, 5, labels=True)
     manifest = index(root)
     assert (manifest.kind, manifest.samples, manifest.read) == ("raw", 15, 15)
-    assert manifest.members == ("cls", "png", "txt")
+    assert manifest.members == {"cls": 15, "png": 15, "txt": 15}
     assert [shard.name for shard in manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
     shards = ShardSet(root)
     for i in range(15):
@@ -277,6 +277,21 @@ def test_shards_in_subfolders_and_ignored_members(tmp_path: Path, write_tar: Wri
     write_tar("raw/part one/0.tar", [("README", b""), ("a.png", picture()), ("a.txt", b"x")])
     manifest = index(tmp_path / "raw")
     assert (manifest.shards[0].name, manifest.ignored, manifest.samples) == ("part one/0.tar", 1, 1)
+
+
+def test_members_are_counted_over_good_samples(tmp_path: Path, write_tar: WriteTar, picture: MakePicture) -> None:
+    def sample(key: str, *members: tuple[str, bytes]) -> list[tuple[str, bytes]]:
+        return [(f"{key}.{suffix}", data) for suffix, data in (("png", picture()), ("txt", b"x"), *members)]
+
+    write_tar("raw/0.tar", [*sample("a", ("cls", b"1")), *sample("b"), *sample("bad", ("cls", b"-1"))])
+    write_tar("raw/1.tar", [*sample("a", ("cls", b"1"), ("json", b"{}")), *sample("c", ("cls", b"2"))])
+    for _ in range(2):
+        manifest = index(tmp_path / "raw")
+        assert manifest.members == {"cls": 2, "png": 3, "txt": 3}
+        assert manifest.quarantined == {"duplicate_key": 1, "bad_label": 1}
+        assert [manifest.lacking(suffix) for suffix in ("png", "cls", "json")] == [0, 1, 3]
+    (tmp_path / "raw" / "0.tar").unlink()
+    assert index(tmp_path / "raw").members == {"cls": 2, "json": 1, "png": 2, "txt": 2}
 
 
 def test_shards_in_a_linked_folder(tmp_path: Path, raw_set: Callable[..., Path]) -> None:

@@ -293,5 +293,12 @@ def test_collate_joins_codes_captions_labels_and_states() -> None:
 def test_collate_refuses_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="'a' and 'b' have codes of shapes"):
         collate_codes([sample("a"), sample("b", (3, 2))])
-    with pytest.raises(ValueError, match="'a' and 'b' has a label"):
-        collate_codes([sample("a"), sample("b", label=1)])
+    with pytest.raises(ValueError, match="'a' and 'b' has text states"):
+        collate_codes([sample("a"), sample("b", length=1)])
+
+
+def test_labels_that_some_samples_lack_are_left_out() -> None:
+    for labels in ((None, 1), (1, None)):
+        batch = collate_codes([sample(key, label=label) for key, label in zip("ab", labels, strict=True)])
+        assert batch["labels"] is None
+        assert batch["captions"] == ["caption a", "caption b"]

@@ -14,9 +14,10 @@ from data_pipeline.index import ShardSet
 from t2i import train
 from t2i.checkpoint import CheckpointInfo, Inputs
 from t2i.config import Recipe, TrainConfig, to_json
+from t2i.encoding import encode
 from t2i.engine import read_deepspeed_config
 from t2i.recipes import RECIPES, shapes_tiny
-from t2i.text_encoder import TextEncoder, text_encoder_sha256
+from t2i.text_encoder import TextEncoder
 from t2i.training import Trainer, _mix, check_data, check_resumable, inputs_of, lr_at, vocabulary_of
 from t2i.vq import VQConfig, VQModel
 
@@ -101,14 +102,62 @@ def test_shards_of_another_tokenizer_are_refused(recipe: Recipe, tmp_path: Path)
         check(replace(recipe, tokenizer=str(tmp_path / "vq")))
 
 
-def test_shards_without_the_recipes_text_states_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.fixture
+def frozen(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """The recipe with a frozen text encoder, which has states of 128 channels."""
     assert recipe.text_encoder is not None
-    shards = ShardSet(recipe.data.path)
-    encoder = TextEncoder.from_config(recipe.text_encoder, vocabulary_of(recipe, shards))
+    encoder = TextEncoder.from_config(recipe.text_encoder, vocabulary_of(recipe, ShardSet(recipe.data.path)))
     encoder.save_pretrained(tmp_path / "t5")
-    frozen = replace(recipe, text_encoder=None, frozen_text_encoder=str(tmp_path / "t5"))
-    with pytest.raises(ValueError, match=f"text_encoder_sha256 None .* needs {text_encoder_sha256(tmp_path / 't5')}"):
+    return replace(recipe, text_encoder=None, frozen_text_encoder=str(tmp_path / "t5"))
+
+
+@pytest.fixture
+def stored(frozen: Recipe, raw_shapes: Path, tmp_path: Path) -> Recipe:
+    """The recipe with a set that holds the states of its frozen text encoder."""
+    threads = torch.get_num_threads()
+    encode(raw_shapes, tmp_path / "stored", tokenizer="shapes", image_size=64, text_encoder=frozen.frozen_text_encoder)
+    torch.set_num_threads(threads)
+    return replace(frozen, data=replace(frozen.data, path=tmp_path / "stored"))
+
+
+def test_shards_without_the_recipes_text_states_are_refused(frozen: Recipe) -> None:
+    message = f"stored text states, and 96 of 96 samples in .* `t2i encode --text-encoder {frozen.frozen_text_encoder}`"
+    with pytest.raises(ValueError, match=message):
         check(frozen)
+
+
+def test_shards_of_another_text_encoder_are_refused(stored: Recipe) -> None:
+    shards = ShardSet(stored.data.path)
+    inputs = inputs_of(stored, shards)
+    check_data(stored, shards, inputs)
+    encoding = {**(shards.manifest.encoding or {}), "text_encoder_sha256": "9" * 64}
+    shards.manifest = replace(shards.manifest, encoding=encoding)
+    with pytest.raises(ValueError, match=r"encoded with text_encoder_sha256 999.* and recipe shapes-tiny needs"):
+        check_data(stored, shards, inputs)
+
+
+def test_text_states_of_another_width_are_refused(stored: Recipe) -> None:
+    wide = replace(stored, model=replace(stored.model, condition_dim=256))
+    with pytest.raises(
+        ValueError, match=r"128 channels and recipe .* takes 256; set model\.condition_dim to 128, the width"
+    ):
+        check(wide)
+
+
+def test_a_class_conditional_recipe_needs_a_class_in_every_sample(recipe: Recipe) -> None:
+    classes = replace(
+        recipe, model=replace(recipe.model, condition="class"), text_encoder=None,
+        train=replace(recipe.train, sample_prompts=()),
+    )  # fmt: skip
+    shards = ShardSet(recipe.data.path)
+    inputs = inputs_of(recipe, shards)
+    check_data(classes, shards, inputs)
+    shards.manifest = replace(shards.manifest, members={**shards.manifest.members, "cls": 95})
+    with pytest.raises(
+        ValueError, match=r"class-conditional, and 1 of 96 samples in .* have no \.cls member; give each"
+    ):
+        check_data(classes, shards, inputs)
+    check_data(recipe, shards, inputs)  # a text model asks for no classes
 
 
 @pytest.mark.parametrize(
