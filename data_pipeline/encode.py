@@ -63,7 +63,7 @@ def encode_set(
     the manifest of `out` and returns it; the others return None.
 
     Raises ValueError when `raw_root` is no indexed raw set, a raw sample cannot be read, `out` holds shards
-    of something else, or `encoding` is incomplete, contradicts the other arguments, or differs from a
+    of something else, `batch_size` is below 1, or `encoding` is incomplete, contradicts the other arguments, or differs from a
     finished shard's.
     """
     raw_root, out = Path(raw_root), Path(out)
@@ -74,6 +74,8 @@ def encode_set(
         raise ValueError(f"{raw_root} is encoded already: give the raw set")
     if len(raw) == 0:
         raise ValueError(f"{raw_root} has no good samples to encode: see its quarantine.jsonl for the causes")
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} holds no sample: set at least 1")
     if out.resolve() == raw_root.resolve():
         raise ValueError(f"the encoded set cannot replace the raw one in {out}: choose another out folder")
     _refuse_strangers(raw, out)

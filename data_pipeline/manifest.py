@@ -114,13 +114,19 @@ def load_manifest(root: Path) -> Manifest:
         record = json.loads((root / MANIFEST).read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{root} has no {MANIFEST}: {again} first") from error
+    except NotADirectoryError as error:
+        raise ValueError(f"{root} is not a folder: give the one that holds the shards") from error
     except ValueError as error:
         raise ValueError(f"{root / MANIFEST} is not JSON ({error}): {again}") from error
-    if record.pop("format", None) != "image-text-shards" or record.pop("version", None) != MANIFEST_VERSION:
+    kind = [record.pop(name, None) for name in ("format", "version")] if isinstance(record, dict) else None
+    if kind != ["image-text-shards", MANIFEST_VERSION]:
         raise ValueError(f"{root / MANIFEST} is not version {MANIFEST_VERSION} of this format: {again}")
-    record["settings"] = Settings(**record["settings"])
-    record["shards"] = tuple(ShardInfo(**shard) for shard in record["shards"])
-    manifest = Manifest(**record)
+    try:
+        record["settings"] = Settings(**record["settings"])
+        record["shards"] = tuple(ShardInfo(**shard) for shard in record["shards"])
+        manifest = Manifest(**record)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{root / MANIFEST} is damaged ({error}): {again}") from error
     touched = []
     for shard in manifest.shards:
         try:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from data_pipeline.atomic import remove_leftovers, replacing, write_bytes
 from data_pipeline.geneval_text import TAGS, prompt_for
 from data_pipeline.manifest import remove_manifest
+from data_pipeline.tars import tar_names
 
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
@@ -337,15 +338,19 @@ def write_shards(out: Path, samples: int, seed: int = 0, shard_size: int = 1000,
     """Write the data set as raw webdataset tars (`KEY.png`, `.txt`, `.cls`, `.json`), `shard_size` samples each.
 
     Finished tars are kept, so an interrupted call goes on where it stopped. Raises ValueError for numbers below one,
-    and where `out` holds a set that was made with other numbers.
+    and where `out` holds a set that was made with other numbers, or other tars.
     """
     if min(samples, shard_size, workers) < 1:
         raise ValueError(f"samples ({samples}), shard size ({shard_size}) and workers ({workers}) must be at least 1")
     out.mkdir(parents=True, exist_ok=True)
     wanted = {"samples": samples, "seed": seed, "shard_size": shard_size}
     recorded = out / "shapes.json"
-    if recorded.exists() and json.loads(recorded.read_text()) != wanted:
-        raise ValueError(f"{out} holds shapes made with {recorded.read_text()}, not {wanted}; choose another folder")
+    if recorded.exists():
+        earlier = recorded.read_text(errors="replace")
+        if earlier != json.dumps(wanted):
+            raise ValueError(f"{out} holds shapes made with {earlier}, not {json.dumps(wanted)}; choose another folder")
+    elif others := tar_names(out):
+        raise ValueError(f"{out / others[0]} was not made by this command; choose another folder")
     write_bytes(recorded, json.dumps(wanted).encode())
     remove_leftovers(out)
     shards = math.ceil(samples / shard_size)

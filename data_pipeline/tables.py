@@ -79,7 +79,7 @@ def _tsv(path: Path, fields: list[str]) -> Iterator[Row]:
 def _json(path: Path, fields: list[str]) -> Iterator[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a JSON {type(rows).__name__}: give a list of objects")
@@ -93,7 +93,7 @@ def _jsonl(path: Path, fields: list[str]) -> Iterator[Row]:
                 continue
             try:
                 yield _record(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 yield BadRow(f"not JSON: {error}")
 
 

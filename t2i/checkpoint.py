@@ -56,7 +56,7 @@ class Checkpoint:
 
     def recipe(self) -> Recipe:
         """The recipe that the run had when it was saved."""
-        return from_json(Recipe, (self.folder / RECIPE).read_bytes())
+        return from_json(Recipe, (self.folder / RECIPE).read_bytes(), self.folder / RECIPE)
 
     def vocabulary(self) -> bytes | None:
         """The sentencepiece model of a trained text encoder."""

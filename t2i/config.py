@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from t2i.text_encoder import TextEncoderConfig
 from t2i.wavefronts import check_grid
@@ -282,6 +283,23 @@ def to_json(config: Any) -> str:
     return TypeAdapter(type(config)).dump_json(config, indent=2).decode()
 
 
-def from_json(kind: type[Config], text: str | bytes) -> Config:
-    """The inverse of `to_json`. Raises ValueError naming unknown, missing or wrong fields."""
-    return TypeAdapter(kind).validate_json(text)
+def from_json(kind: type[Config], text: str | bytes, source: Path | str | None = None) -> Config:
+    """The inverse of `to_json`; `source` is where the text is from.
+
+    Raises ValueError, one line that names the source and every unknown, missing or wrong field.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        problems = "; ".join(_problem(one) for one in error.errors(include_url=False))
+        raise ValueError(f"{source or 'JSON'} is no {kind.__name__}: {problems}") from error
+
+
+def _problem(error: ErrorDetails) -> str:
+    field_name = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "missing"):
+        return f"{field_name} is {'missing' if error['type'] == 'missing' else 'no field of it'}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("value_error", "json_invalid"):  # these say what they are about
+        return message
+    return f"{field_name} is {str(error['input'])[:40]!r} ({message[:1].lower()}{message[1:]})"

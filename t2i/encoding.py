@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipeline.encode import encode_set
 from data_pipeline.images import CROP_POLICY
 from data_pipeline.manifest import Manifest
+from t2i.devices import find_device
 from t2i.text_encoder import TextEncoder, text_encoder_sha256
 from t2i.threads import cores_per_rank
 from t2i.vq import images_to_tensor, load_vq, vq_sha256
@@ -32,30 +33,31 @@ def encode(
     """Encode an indexed raw set; returns the manifest once every rank's shards are there, else None.
 
     The rank comes from RANK and WORLD_SIZE, which any launcher sets. Raises ValueError where the pictures do not divide
-    into tokens, or as `encode_set` does.
+    into tokens, the device is not there, or as `encode_set` does.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    where = find_device(device)
+    if where.type == "cpu":
         torch.set_num_threads(cores_per_rank())
-    vq = load_vq(tokenizer).to(device)
+    vq = load_vq(tokenizer).to(where)
     stride = vq.config.stride
-    if image_size % stride:
+    if image_size < 1 or image_size % stride:
         raise ValueError(
             f"pictures of {image_size} pixels do not divide into tokens of {stride}; use a multiple of {stride}"
         )
-    texts = TextEncoder.from_pretrained(text_encoder).to(device) if text_encoder else None
+    texts = TextEncoder.from_pretrained(text_encoder).to(where) if text_encoder else None
 
     @torch.inference_mode()
     def encode_images(images: np.ndarray) -> np.ndarray:
-        return vq.encode(images_to_tensor(images).to(device)).cpu().numpy()
+        return vq.encode(images_to_tensor(images).to(where)).cpu().numpy()
 
     @torch.inference_mode()
     def encode_text(captions: list[str]) -> list[Tensor]:
         assert texts is not None
         ids, mask = texts.tokenize(captions)
-        states = texts(ids.to(device), mask.to(device)).to(torch.bfloat16).cpu()
+        states = texts(ids.to(where), mask.to(where)).to(torch.bfloat16).cpu()
         return [row[real] for row, real in zip(states, mask, strict=True)]
 
     side = image_size // stride

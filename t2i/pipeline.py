@@ -15,12 +15,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.atomic import remove_leftovers, write_bytes
 from t2i.config import ModelConfig, SampleConfig, from_json, to_json
+from t2i.devices import find_device
+from t2i.files import load_weights, read_json
 from t2i.model import NAR
 from t2i.sampling import generate
 from t2i.text_encoder import TextEncoder
@@ -37,6 +39,35 @@ class Provenance:
 
     recipe: str
     step: int
+
+
+@dataclass(frozen=True)
+class ExportDescription:
+    """What the `config.json` of an export says; `image_size` in pixels a side."""
+
+    provenance: Provenance
+    image_size: int
+    sample: SampleConfig
+    model: ModelConfig
+
+
+def read_description(folder: Path) -> ExportDescription:
+    """What an export says of itself. Raises ValueError where the folder holds none, or one of another format."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _no_export(folder, "it has no config.json")
+    fields = read_json(path)
+    if "format" not in fields:
+        raise _no_export(folder, "its config.json describes something else")
+    if fields["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} has export format {fields['format']!r} and this version reads {FORMAT}; export it again"
+        )
+    return from_json(ExportDescription, path.read_bytes(), path)
+
+
+def _no_export(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"{folder} is no export: {reason}; make one with `t2i export RUN --out {folder}`")
 
 
 class TextToImagePipeline:
@@ -162,39 +193,21 @@ class TextToImagePipeline:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: torch.device | str = "cpu") -> Self:
-        """The pipeline of an exported folder. Raises ValueError that names what is missing or does not fit."""
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder} is no export: it has no {name}; make one with `t2i export RUN --out {folder}`"
-                )
-        description: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        if description.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder} has export format {description.get('format')!r} and this version reads {FORMAT}; export it again"
-            )
-        config = from_json(ModelConfig, json.dumps(description["model"]))
-        model = NAR(config)
-        weights = load_file(folder / "model.safetensors")
-        own = model.state_dict()
-        problems = [f"missing {name}" for name in own if name not in weights]
-        problems += [f"unexpected {name}" for name in weights if name not in own]
-        problems += [
-            f"{name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ]
-        if problems:
-            raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {'; '.join(problems)}")
-        model.load_state_dict(weights)
+        """The pipeline of an exported folder. Raises ValueError that names what is missing or does not fit, or
+        where this machine has no such device."""
+        folder, device = Path(folder), find_device(device)
+        described = read_description(folder)
+        if not (folder / "model.safetensors").is_file():
+            raise _no_export(folder, "it has no model.safetensors")
+        model = NAR(described.model)
+        load_weights(model, folder / "model.safetensors", "config.json")
         pipe = cls(
             model,
             VQModel.from_folder(folder / "tokenizer"),
-            TextEncoder.from_pretrained(folder / "text_encoder") if config.condition == "text" else None,
-            from_json(SampleConfig, json.dumps(description["sample"])),
-            description["image_size"],
-            Provenance(**description["provenance"]),
+            TextEncoder.from_pretrained(folder / "text_encoder") if described.model.condition == "text" else None,
+            described.sample,
+            described.image_size,
+            described.provenance,
         )
         return pipe.to(device)
 

@@ -131,5 +131,5 @@ def find_recipe(name_or_file: str) -> Recipe:
     if name_or_file in RECIPES:
         return RECIPES[name_or_file]()
     if Path(name_or_file).is_file():
-        return from_json(Recipe, Path(name_or_file).read_bytes())
+        return from_json(Recipe, Path(name_or_file).read_bytes(), name_or_file)
     raise ValueError(f"no recipe or file {name_or_file!r}; recipes are {', '.join(RECIPES)}")

@@ -339,7 +339,14 @@ def _read_config(folder: Path) -> T5Config:
     if not isinstance(values, dict) or values.get("model_type") != "t5":
         found = values.get("model_type") if isinstance(values, dict) else None
         raise ValueError(f"{folder / 'config.json'} has model_type {found!r}, but a text encoder must be 't5'")
-    return T5Config.from_dict(values)
+    try:
+        return T5Config.from_dict(values)
+    except Exception as error:  # transformers' own checks of fields are no ValueErrors
+        raise ValueError(f"{folder / 'config.json'} is no T5 configuration: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_encoder(folder: Path, config: T5Config, dtype: torch.dtype) -> nn.Module:
@@ -349,7 +356,7 @@ def _read_encoder(folder: Path, config: T5Config, dtype: torch.dtype) -> nn.Modu
                 folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"text encoder weights in {folder} cannot be read: {error}") from error
+        raise ValueError(f"text encoder weights in {folder} cannot be read: {_one_line(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"text encoder weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")

@@ -10,6 +10,8 @@ from typing import Literal
 class VQConfig:
     """Sizes of a `VQModel`; the defaults are VQ-16 (stride 16, 72M parameters). Checked at construction."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (a misspelt field in JSON is an error, not a default)
+
     base_channels: int = 128
     """Channels at full resolution."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -96,7 +98,7 @@ class TokenizerTraining:
     """Steps between savings and measurements."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "revive_every", "validation", "save_every"):
+        for name in ("image_size", "steps", "batch", "revive_every", "validation", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"tokenizer training: {name} is {getattr(self, name)}; it must be at least 1")
         if self.unquantized_steps >= self.steps:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from data_pipeline.images import center_crop_resize, open_rgb
 from data_pipeline.index import RawSample, ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder
+from t2i.files import read_json
 from t2i.metrics import open_rows
 from t2i.tokenizer_config import TokenizerTraining
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
@@ -68,6 +69,8 @@ class TokenizerTrainer:
     def __init__(self, config: TokenizerTraining, read_images: Callable[[Sequence[RawSample]], Tensor]) -> None:
         self.config = config
         self.shards = ShardSet(config.data)
+        if self.shards.manifest.kind != "raw":
+            raise ValueError(f"{config.data} is encoded and holds no pictures; give the raw set that it was made from")
         if len(self.shards) <= config.validation:
             raise ValueError(
                 f"{config.data} has {len(self.shards)} samples and {config.validation} are kept for validation; "
@@ -104,14 +107,18 @@ class TokenizerTrainer:
             self.config.out.mkdir(parents=True, exist_ok=True)
             settings_path.write_text(json.dumps(settings, indent=2))
             return False
-        recorded = json.loads(settings_path.read_text())
+        recorded = read_json(settings_path)
         changed = [key for key in settings if recorded.get(key) != settings[key]]
         if changed:
             raise ValueError(
                 f"{self.config.out} holds a tokenizer in training with other settings ({', '.join(changed)}); "
                 "choose another --out, or give the same ones"
             )
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # bytes that are no state fail in the unpickler in any way
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is damaged ({reason}); remove it to start again") from error
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.usage_K, self.step, self.seconds = state["usage"], state["step"], state["seconds"]

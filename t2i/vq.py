@@ -20,16 +20,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from data_pipeline.atomic import write_bytes
+from t2i.config import from_json
+from t2i.files import load_weights, read_json
 from t2i.tokenizer_config import VQConfig
 
 
@@ -267,10 +268,14 @@ class VQModel(nn.Module):
                 raise ValueError(
                     f"tokenizer folder {folder} has no {name}; give a folder that `t2i tokenizer train` wrote"
                 )
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        config["channel_multipliers"] = tuple(config["channel_multipliers"])
-        model = cls(VQConfig(**config))
-        model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        path = folder / "config.json"
+        fields = read_json(path)
+        if "provenance" in fields and (folder / "tokenizer").is_dir():
+            raise ValueError(f"{folder} is an export, not a tokenizer; its tokenizer is in {folder / 'tokenizer'}")
+        if "channel_multipliers" not in fields:
+            raise ValueError(f"{path} describes no image tokenizer; give a folder that `t2i tokenizer train` wrote")
+        model = cls(from_json(VQConfig, path.read_bytes(), path))
+        load_weights(model, folder / "model.safetensors", "config.json")
         return model.eval()
 
 

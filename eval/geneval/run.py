@@ -42,7 +42,7 @@ from eval.geneval.judging import Picture, judge_pictures, pictures_of
 from eval.geneval.prompts import Metadata, shapes_prompts, write_prompts
 from eval.geneval.report import Report, read_losses, write_report
 from eval.geneval.statistics import Summary, score_table, summarize
-from t2i.pipeline import TextToImagePipeline
+from t2i.pipeline import ExportDescription, TextToImagePipeline, read_description
 
 __all__ = ["run_geneval"]
 
@@ -57,12 +57,8 @@ class _Export:
     folder: Path
 
     @cached_property
-    def description(self) -> dict[str, Any]:
-        path = self.folder / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{self.folder} is no export: it has no config.json; make one with `t2i export RUN`")
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return description
+    def description(self) -> ExportDescription:
+        return read_description(self.folder)
 
     @cached_property
     def pipe(self) -> TextToImagePipeline:
@@ -90,9 +86,9 @@ class _Export:
 def _check(export: _Export, judge: str, images_per_prompt: int, batch_size: int) -> None:
     if images_per_prompt < 1 or batch_size < 1:
         raise ValueError(f"images per prompt ({images_per_prompt}) and batch size ({batch_size}) must be at least 1")
-    if export.description["model"]["condition"] != "text":
+    if export.description.model.condition != "text":
         raise ValueError(f"{export.folder} draws classes, not captions; GenEval needs a text-to-image export")
-    size = export.description["image_size"]
+    size = export.description.image_size
     if judge == "shapes" and size != shapes.IMAGE_SIZE:
         raise ValueError(
             f"{export.folder} draws pictures of {size}x{size}; the shapes judge sees only {shapes.IMAGE_SIZE}x"
@@ -205,10 +201,10 @@ def run_geneval(
     ceilings = _ceilings(source, out, prompts, images_per_prompt, batch_size, judging, made_from)
     summary = summarize(rows)
 
-    provenance = source.description["provenance"]
+    provenance = source.description.provenance
     judged_at = datetime.fromtimestamp(results.stat().st_mtime, UTC)
     document = {
-        "model": {**provenance, "sha256": source.sha256},
+        "model": {**asdict(provenance), "sha256": source.sha256},
         "judge": judge,
         "judged_at": judged_at.isoformat(timespec="seconds"),
         "images_per_prompt": images_per_prompt,
@@ -217,8 +213,8 @@ def run_geneval(
     }
     write_text(out / "summary.json", json.dumps(document, indent=2) + "\n")
     report = Report(
-        recipe=provenance["recipe"],
-        step=provenance["step"],
+        recipe=provenance.recipe,
+        step=provenance.step,
         checksum=source.sha256,
         judge=judge,
         judged_at=judged_at,
@@ -231,7 +227,7 @@ def run_geneval(
     write_report(report, out / "report.html")
     console = Console()
     console.print(
-        score_table(summary, ceilings, f"GenEval, judge {judge}: {provenance['recipe']}, step {provenance['step']}")
+        score_table(summary, ceilings, f"GenEval, judge {judge}: {provenance.recipe}, step {provenance.step}")
     )
     print(f"report: {out / 'report.html'}")
     return summary

@@ -228,6 +228,7 @@ def test_mistakes_are_refused_before_anything_is_written(raw: Path, raw_set: Raw
         ({"encoding": {k: v for k, v in ENCODING.items() if k != "grid"}}, "lacks grid"),
         ({"encode_text": encode_text}, "give both or neither"),
         ({"encoding": WITH_TEXT}, "give both or neither"),
+        ({"batch_size": 0}, "batch size 0 holds no sample"),
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):

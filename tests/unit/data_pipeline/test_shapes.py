@@ -269,6 +269,16 @@ def test_a_set_made_with_other_numbers_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="choose another folder"):
             write_shards(tmp_path, **{"shard_size": 10, "workers": 1} | numbers)
     assert tars(tmp_path) == before
+    (tmp_path / "shapes.json").write_bytes(b"\xff{")
+    with pytest.raises(ValueError, match="choose another folder"):
+        write_shards(tmp_path, 12, shard_size=10, workers=1)
+
+
+def test_other_tars_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "shapes-000000.tar").write_bytes(b"of another set")
+    with pytest.raises(ValueError, match=r"shapes-000000\.tar was not made by this command; choose another folder"):
+        write_shards(tmp_path, 12, shard_size=10, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes-000000.tar"]
 
 
 @pytest.mark.parametrize("numbers", [{"samples": 0}, {"shard_size": 0}, {"workers": 0}, {"samples": -5}])

@@ -158,9 +158,18 @@ def test_a_manifest_of_another_version_is_refused(raw_set: RawSet) -> None:
     (root / "manifest.json").write_text(text.replace('"version": 3', '"version": 99'))
     with pytest.raises(ValueError, match="not version 3"):
         ShardSet(root)
-    (root / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        ShardSet(root)
+    for damaged, message in (
+        ("{", "not JSON"),
+        ("[]", "not version 3"),
+        (text.replace('"settings"', '"setings"'), "is damaged .*: run `t2i data index"),
+        (text.replace('"samples": 3', '"samples": 4'), "is damaged .*: run `t2i data index"),
+    ):
+        assert damaged != text
+        (root / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=message):
+            ShardSet(root)
+    with pytest.raises(ValueError, match=r"00000\.tar is not a folder"):
+        ShardSet(root / "00000.tar")
 
 
 def test_an_index_that_is_not_the_manifests_is_refused(raw_set: RawSet) -> None:

@@ -72,6 +72,8 @@ def test_rows_that_are_no_records_are_told_apart(tmp_path: Path) -> None:
         ("t.json", b"[1, 2]", "a JSON int, not an object"),
         ("t.json", b"[{]", "not JSON"),
         ("t.jsonl", b"nonsense", "no records"),
+        ("t.json", b"[" * 100_000, "not JSON"),
+        ("t.jsonl", b"[" * 100_000, "no records"),
         ("t.csv", "image\ngrün".encode("latin-1"), "not UTF-8"),
         ("t.json", b'["\xff"]', "not UTF-8"),
         ("t.parquet", b"nonsense", "not parquet"),

@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_pipeline.index import load_manifest
 from t2i import cli
+from t2i.vq import vq_folder
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = {
@@ -92,6 +93,37 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+
+
+def test_a_folder_of_the_wrong_kind_is_one_line_and_exit_code_2(
+    raw_shapes: Path,
+    encoded_shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    vq, out = vq_folder("shapes"), tmp_path / "out"
+    file = tmp_path / "file"
+    file.touch()
+    encode = ("encode", raw_shapes, "--out", out, "--image-size")
+    for arguments, message in (
+        (("tokenizer", "train", "--data", encoded_shapes, "--out", out, "--validation", "16"), "holds no pictures"),
+        (("tokenizer", "train", "--data", raw_shapes, "--out", out, "--image-size", "0"), "image_size is 0"),
+        ((*encode, "64", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
+        ((*encode, "64", "--batch-size", "0"), "batch size 0"),
+        ((*encode, "0"), "0 pixels do not divide into tokens"),
+        ((*encode, "64", "--tokenizer", encoded_shapes), "has no config.json"),
+        (("encode", file, "--out", out, "--image-size", "64"), "is not a folder"),
+        (("data", "shapes", "--out", encoded_shapes), "was not made by this command"),
+        (("sample", vq, "a star"), "no export: its config.json describes something else"),
+        (("geneval", "run", vq), "no export: its config.json describes something else"),
+    ):
+        assert call(monkeypatch, *arguments) == 2, arguments
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert message in lines[0]
+    assert not out.exists()
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -126,6 +126,28 @@ def test_json_that_is_no_recipe_is_refused_by_field(change: Any, message: str) -
         from_json(Recipe, json.dumps(fields))
 
 
+def test_everything_wrong_with_json_is_one_line() -> None:
+    fields = json.loads(to_json(recipe()))
+    del fields["image_size"]
+    fields["train"].update(stepz=3, steps="many", lr=-1)
+    fields["modle"] = fields.pop("model")
+    with pytest.raises(ValueError, match="is no Recipe") as caught:
+        from_json(Recipe, json.dumps(fields), "runs/a/recipe.json")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("runs/a/recipe.json is no Recipe: ")
+    for problem in (
+        "image_size is missing",
+        "model is missing",
+        "modle is no field of it",
+        "train.stepz is no field of it",
+        "train.steps is 'many' (input should be a valid integer, unable to parse string as an integer)",
+    ):
+        assert problem in message.split(": ", 1)[1].split("; ")
+    with pytest.raises(ValueError, match=r"^JSON is no Recipe: Invalid JSON: [^\n]*$"):
+        from_json(Recipe, '{"name": \n')
+
+
 def test_derived_sizes() -> None:
     assert MODEL.n_axes == 2
     assert (MODEL.prefix, CLASSES.prefix) == (8, 1)

@@ -168,7 +168,12 @@ def with_an_unknown_field(folder: Path) -> None:
         (without_format, "has export format 99 and this version reads 1; export it again"),
         (without_a_weight, r"missing tokens.weight; unexpected other"),
         (with_another_width, r"tokens.weight is \(3, 2\), expected \(11, 16\)"),
-        (with_an_unknown_field, "depth"),
+        (with_an_unknown_field, r"config\.json is no ExportDescription: model\.depth is no field of it$"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json holds a JSON list"),
+        (lambda folder: (folder / "config.json").write_text('{"z_channels": 3}'), "no export: .* something else"),
+        (lambda folder: (folder / "config.json").write_text('{"format": 1}'), "model is missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), r"model\.safetensors is damaged"),
     ],
 )
 def test_a_damaged_export_is_refused_by_what_it_lacks(
@@ -176,8 +181,15 @@ def test_a_damaged_export_is_refused_by_what_it_lacks(
 ) -> None:
     pipe.save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         TextToImagePipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_refused(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
+        TextToImagePipeline.from_pretrained(tmp_path, "cuda:99")
 
 
 def test_pictures_are_drawn_in_evaluation_mode(pipe: TextToImagePipeline) -> None:

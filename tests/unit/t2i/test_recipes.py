@@ -28,7 +28,7 @@ def test_what_is_neither_is_refused_with_the_names(tmp_path: Path) -> None:
     ):
         find_recipe("shapes-big")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError, match=r"broken\.json is no Recipe: Invalid JSON"):
         find_recipe(str(tmp_path / "broken.json"))
 
 

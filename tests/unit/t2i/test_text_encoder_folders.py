@@ -168,6 +168,11 @@ class TestFaults:
         [
             ("config.json", b"{", r"config\.json is not JSON"),
             ("config.json", b"[]", "must be 't5'"),
+            (
+                "config.json",
+                b'{"model_type": "t5", "d_model": "wide"}',
+                r"config\.json is no T5 configuration: .*d_model",
+            ),
             ("config.json", b'{"model_type": "bert"}', "model_type 'bert', but a text encoder must be 't5'"),
             ("model.safetensors", b"garbage!", "weights in .* cannot be read"),
             ("spiece.model", b"garbage!", r"spiece\.model is not a sentencepiece model"),

@@ -213,3 +213,23 @@ def test_training_twice_from_one_seed_gives_one_tokenizer(
     config = replace(settings(raw_shapes, uninterrupted), out=tmp_path)
     train_tokenizer(config, progress=False)
     assert_same(weights(tmp_path), weights(uninterrupted))
+
+
+def test_an_encoded_set_is_refused(encoded_shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is encoded and holds no pictures; give the raw set"):
+        train_tokenizer(settings(encoded_shapes, tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", b"PK\x03\x04 cut off"])
+def test_a_damaged_state_is_refused(raw_shapes: Path, uninterrupted: Path, tmp_path: Path, data: bytes) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "training.json").write_text(
+        (uninterrupted / "training.json").read_text().replace(str(uninterrupted), str(out))
+    )
+    (out / "state.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"^[^\n]*state\.pt is damaged \([^\n]*\); remove it to start again$"):
+        train_tokenizer(settings(raw_shapes, out), progress=False)
+    (out / "training.json").write_text("{")
+    with pytest.raises(ValueError, match=r"training\.json is not JSON"):
+        train_tokenizer(settings(raw_shapes, out), progress=False)

@@ -156,6 +156,47 @@ def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path, missing: str) -> 
         vq_sha256(str(tmp_path))
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "t5"}'),
+            r"config\.json describes no image tokenizer",
+        ),
+        (lambda f: change_config(f, z_chanels=8), r"config\.json is no VQConfig: z_chanels is no field of it$"),
+        (lambda f: change_config(f, z_channels="wide"), r"z_channels is 'wide' \(input should be a valid integer"),
+        (lambda f: change_config(f, codebook_size=0), "codebook_size is 0; it must be at least 1"),
+        (
+            lambda f: change_config(f, codebook_dim=5),
+            r"model\.safetensors does not fit its config\.json: .*expected \(16, 5\)",
+        ),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), r"model\.safetensors is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    VQModel(SMALL).save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        VQModel.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_export_is_no_tokenizer_but_holds_one(tmp_path: Path) -> None:
+    VQModel(SMALL).save(tmp_path / "tokenizer")
+    (tmp_path / "config.json").write_text('{"format": 1, "provenance": {}}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        ValueError, match=f"is an export, not a tokenizer; its tokenizer is in {tmp_path / 'tokenizer'}$"
+    ):
+        load_vq(str(tmp_path))
+
+
 def test_the_hash_is_that_of_weights_and_configuration(tmp_path: Path) -> None:
     VQModel(SMALL).save(tmp_path / "a")
     weights = load_file(tmp_path / "a" / "model.safetensors")

@@ -1,0 +1,16 @@
+"""Which device a command runs on."""
+
+import torch
+
+
+def find_device(device: torch.device | str) -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1". Raises ValueError where this machine has none that computes."""
+    try:
+        found = torch.device(device)
+        torch.ones(1, device=found).item()  # naming a device does not ask for it
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used on this machine ({reason}); give cpu or one that can"
+        ) from error
+    return found
