@@ -38,6 +38,7 @@ from data_pipeline.tars import tar_names
 
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
+# GenEval's colours, and below its relations, in its order: its published prompts are drawn by their places here.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 38),
     "orange": (245, 135, 20),

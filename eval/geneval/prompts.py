@@ -41,10 +41,9 @@ COCO_CLASSES: tuple[str, ...] = tuple(
     computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,
     hair drier,toothbrush""".replace("\n    ", "").split(",")
 )
-COLORS: tuple[str, ...] = (
-    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
-)  # fmt: skip
-RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
+# GenEval's colours and relations are those of the shapes, in the same order, which the draws below depend on.
+COLORS: tuple[str, ...] = tuple(shapes.COLORS)
+RELATIONS: tuple[str, ...] = shapes.RELATIONS
 
 METADATA_FILE = "evaluation_metadata.jsonl"
 PROMPTS_FILE = "generation_prompts.txt"

@@ -10,8 +10,6 @@ from data_pipeline import shapes
 from data_pipeline.geneval_text import prompt_for
 from eval.geneval.prompts import (
     COCO_CLASSES,
-    COLORS,
-    RELATIONS,
     coco_prompts,
     read_prompts,
     shapes_prompts,
@@ -44,11 +42,6 @@ def test_no_duplicates_and_no_coloured_person(seed: int) -> None:
     colored = {clause["class"] for entry in entries for clause in entry["include"] if "color" in clause}
     assert "person" not in colored
     assert colored <= set(COCO_CLASSES)
-
-
-def test_the_vocabulary_is_shared_with_the_shapes() -> None:
-    assert tuple(shapes.COLORS) == COLORS
-    assert tuple(shapes.RELATIONS) == RELATIONS
 
 
 def test_shapes_prompts_read_like_geneval() -> None:
