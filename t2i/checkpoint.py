@@ -59,9 +59,13 @@ class Checkpoint:
         return from_json(Recipe, (self.folder / RECIPE).read_bytes(), self.folder / RECIPE)
 
     def vocabulary(self) -> bytes | None:
-        """The sentencepiece model of a trained text encoder."""
+        """The sentencepiece model of the text encoder, None where none is trained. Raises ValueError where it is gone."""
+        if self.recipe().text_encoder is None:
+            return None
         path = self.folder / VOCABULARY
-        return path.read_bytes() if path.exists() else None
+        if not path.is_file():
+            raise ValueError(f"{self.folder} has lost its {VOCABULARY}; copy it from another checkpoint of the run")
+        return path.read_bytes()
 
 
 def checkpoints(run_dir: Path) -> list[Checkpoint]:

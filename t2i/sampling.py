@@ -5,6 +5,7 @@
 Shape suffixes: B batch, P prefix, X condition channels, n tokens of one wavefront, V vocabulary, N grid tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -72,10 +73,11 @@ def generate(
     Raises ValueError for options out of range or a number of seeds that is not the batch's.
     """
     batch, device = len(condition), condition.device
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or guidance_scale < 0:
+    # Written so that NaN is refused as well.
+    if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1 and 0 <= guidance_scale < math.inf):
         raise ValueError(
             f"cannot sample with temperature {temperature}, top_k {top_k}, top_p {top_p}, guidance {guidance_scale}: "
-            "temperature, top_k and guidance must be at least 0 and top_p in (0, 1]"
+            "temperature, top_k and guidance must be finite and at least 0, and top_p in (0, 1]"
         )
     if seeds is not None and len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} samples; give one for each")

@@ -52,7 +52,7 @@ def main() -> int:
         trainer = Trainer(recipe, deepspeed_config, runtime)
         started = True
         outcome = trainer.run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # All ranks of a node stumble over the same mistake, before training; later, each over its own samples.
         if started or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

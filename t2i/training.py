@@ -142,7 +142,7 @@ def vocabulary_of(recipe: Recipe, shards: ShardSet) -> bytes:
     found = checkpoint.newest(recipe.run_dir)
     if found is not None:
         vocabulary = found.vocabulary()
-        assert vocabulary is not None, f"{found.folder} has a text encoder and no {VOCABULARY}"
+        assert vocabulary is not None, "a run that goes on has the text encoder that it had"
         return vocabulary
     path = recipe.run_dir / VOCABULARY
     if not path.exists():

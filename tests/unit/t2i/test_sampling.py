@@ -164,6 +164,8 @@ def test_callback_sees_every_wavefront_as_it_is_written() -> None:
     ("options", "message"),
     [
         ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"guidance_scale": float("inf")}, "guidance inf"),
         ({"top_k": -1}, "top_k -1"),
         ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
         ({"top_p": 1.01}, "top_p 1.01"),

@@ -204,7 +204,10 @@ def test_the_vocabulary_of_a_run_is_made_once(recipe: Recipe) -> None:
     assert (recipe.run_dir / "spiece.model").read_bytes() == first
     (recipe.run_dir / "spiece.model").write_bytes(b"the run's own")
     assert vocabulary_of(recipe, shards) == b"the run's own"
-    (mark_checkpoint(recipe) / "spiece.model").write_bytes(b"the checkpoint's")
+    saved = mark_checkpoint(recipe) / "spiece.model"
+    with pytest.raises(ValueError, match=r"has lost its spiece.model; copy it from another checkpoint"):
+        vocabulary_of(recipe, shards)
+    saved.write_bytes(b"the checkpoint's")
     assert vocabulary_of(recipe, shards) == b"the checkpoint's"
 
 
