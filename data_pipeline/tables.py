@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 TABLE_SUFFIXES: Final = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
@@ -61,10 +61,13 @@ def _explained(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
 
 
-def _csv(path: Path, fields: list[str], dialect: str = "excel") -> Iterator[Row]:
+def _csv(
+    path: Path, fields: list[str], delimiter: str = ",", quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST_FIELD)
     with open(path, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, dialect=dialect)
+        # Strict: one quotation mark that nothing closes would otherwise swallow all rows after it.
+        reader = csv.DictReader(stream, delimiter=delimiter, quoting=quoting, strict=True)
         for row in reader:
             if None in row:
                 yield BadRow(f"line {reader.line_num} has more fields than the header")
@@ -73,7 +76,14 @@ def _csv(path: Path, fields: list[str], dialect: str = "excel") -> Iterator[Row]
 
 
 def _tsv(path: Path, fields: list[str]) -> Iterator[Row]:
-    return _csv(path, fields, "excel-tab")
+    """Quoted as spreadsheets do, if the whole file is; else, as captions from the web are, with marks that mean themselves."""
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+    try:
+        for _ in _csv(path, fields, "\t"):
+            pass
+    except csv.Error:
+        quoting = csv.QUOTE_NONE
+    yield from _csv(path, fields, "\t", quoting)
 
 
 def _json(path: Path, fields: list[str]) -> Iterator[Row]:

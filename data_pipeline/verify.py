@@ -63,8 +63,8 @@ def verify_shard(path: Path, name: str, settings: Settings) -> ShardIndex:
             try:
                 if group.key in first:
                     raise BadSampleError("duplicate_key", f"the first is at byte {first[group.key].offset}")
-                first[group.key] = group
                 _check(group, stream, settings, encoding)
+                first[group.key] = group  # not before: a good sample is no duplicate of a bad one
                 good.append(group)
             except BadSampleError as error:
                 detail = f"{error} (byte {group.offset})"

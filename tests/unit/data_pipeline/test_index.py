@@ -121,6 +121,22 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
     assert captions["byte-order-mark"] == "marked"
 
 
+def test_a_good_sample_is_no_duplicate_of_a_bad_one(tmp_path: Path, write_tar: WriteTar, picture: MakePicture) -> None:
+    good = picture("png")
+    members = [
+        ("a.png", b"no picture"),
+        ("a.txt", b"bad"),
+        ("a.png", good),
+        ("a.txt", b"good"),
+        ("a.png", good),
+        ("a.txt", b"x"),
+    ]
+    write_tar("raw/0.tar", members)
+    manifest = index(tmp_path / "raw")
+    assert manifest.quarantined == {"duplicate_key": 1, "undecodable_image": 1}
+    assert ShardSet(tmp_path / "raw").read_raw(0).caption == "good"
+
+
 def test_the_caption_field_can_be_chosen(tmp_path: Path, write_tar: WriteTar, picture: MakePicture) -> None:
     record = json.dumps({"caption": None, "short": "brief", "url": "u"}).encode()
     write_tar("raw/0.tar", [("a.png", picture()), ("a.txt", b"from txt"), ("a.json", record)])

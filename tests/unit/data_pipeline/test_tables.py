@@ -63,6 +63,29 @@ def test_rows_that_are_no_records_are_told_apart(tmp_path: Path) -> None:
     assert second == BadRow("line 3 has more fields than the header")
 
 
+STRAY = ['a\t"unclosed', 'b\t"Hello" said the cat', "c\tplain"]
+
+
+def test_quotation_marks_of_a_tsv_that_quotes_nothing_mean_themselves(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text("image\tcaption\n" + "\n".join(STRAY))
+    captions = [row["caption"] for row in read_table(tmp_path / "t.tsv", ["image"]) if isinstance(row, dict)]
+    assert captions == ['"unclosed', '"Hello" said the cat', "plain"]
+
+
+def test_a_tsv_that_quotes_as_spreadsheets_do_is_unquoted(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('image\tcaption\na\t"say ""hi""\tor not"\nb\tplain')
+    captions = [row["caption"] for row in read_table(tmp_path / "t.tsv", ["image"]) if isinstance(row, dict)]
+    assert captions == ['say "hi"\tor not', "plain"]
+
+
+@pytest.mark.parametrize("line", [0, 1])
+def test_a_csv_with_a_stray_quotation_mark_loses_no_rows(tmp_path: Path, line: int) -> None:
+    rows = ["c,plain", STRAY[line].replace("\t", ","), *["d,plain"] * 2000]
+    (tmp_path / "t.csv").write_text("image,caption\n" + "\n".join(rows))
+    with pytest.raises(ValueError, match=r"t.csv cannot be read as CSV"):
+        list(read_table(tmp_path / "t.csv", ["image"]))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
