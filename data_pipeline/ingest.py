@@ -13,6 +13,7 @@ that row and the source file's name. What cannot become a sample is counted by c
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -137,10 +138,10 @@ def ingest(
     if not source.is_dir():
         raise ValueError(f"{source} is no table: give one of {', '.join(TABLE_SUFFIXES)}, or a folder")
     folder = PictureFolder(source, leave_out=(out,))
-    if not any(name.lower().endswith(".txt") for name in folder.others):
-        tables = [name for name in sorted(folder.others) if Path(name).suffix.lower() in TABLE_SUFFIXES]
+    tables = [name for name in sorted(folder.others) if Path(name).suffix.lower() in TABLE_SUFFIXES]
+    if not _captioned(folder) and (tables or not _captions(folder)):  # a readme.txt is no caption
         hint = f"give {source / tables[0]} as the source" if tables else "give a table as the source"
-        raise ValueError(f"{source} has {len(folder.pictures)} pictures, no .txt captions and no tars: {hint}")
+        raise ValueError(f"{source} has {len(folder.pictures)} pictures, no .txt captions of them and no tars: {hint}")
     return _write(_from_pairs(folder), folder, out, "pairs", source, lowercase, shard_size, progress)
 
 
@@ -179,6 +180,12 @@ def _from_table(
             yield _Refused(number, "", "bad_row", row.detail)
             continue
         named = row.get(image_field)
+        if isinstance(named, dict | list | bytes):  # pictures inside the table, as in some parquet files
+            detail = (
+                f"field {image_field!r} holds a {type(named).__name__}, not a path: write the pictures to files first"
+            )
+            yield _Refused(number, "", "missing_image", detail)
+            continue
         name = "" if named is None else str(named)
         try:
             picture = folder.find(name)
@@ -240,7 +247,8 @@ def _caption(value: Any, where: str) -> str:
 
 
 def _label(value: Any) -> int:
-    text = str(value).strip()
+    # A column in which one number is missing comes out of many programs as floats: 3.0.
+    text = re.sub(r"(?<=\d)\.0+$", "", str(value).strip())
     if isinstance(value, bool) or not (text.isascii() and text.isdigit()) or len(text) > 9:
         raise UnusableError("bad_label", f"the class is {text[:40]!r}")
     return int(text)

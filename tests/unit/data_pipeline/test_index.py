@@ -122,7 +122,7 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
 
 
 def test_a_good_sample_is_no_duplicate_of_a_bad_one(tmp_path: Path, write_tar: WriteTar, picture: MakePicture) -> None:
-    good = picture("png")
+    good = picture()
     members = [
         ("a.png", b"no picture"),
         ("a.txt", b"bad"),

@@ -86,7 +86,7 @@ def test_what_cannot_be_taken_is_listed_with_its_cause(pictures: Path, tmp_path:
     (tmp_path / "outside.png").write_bytes((pictures / "a.png").read_bytes())
     cases: list[tuple[Any, str | None]] = [
         ({"image": "a.png", "caption": "good", "n": 1}, None),
-        ({"image": "a.png", "caption": "another of the same", "n": 2}, None),
+        ({"image": "a.png", "caption": "another of the same", "n": 2.0}, None),
         ({"image": "gone.png", "caption": "x", "n": 1}, "missing_image"),
         ({"image": "", "caption": "x", "n": 1}, "missing_image"),
         ({"caption": "x", "n": 1}, "missing_image"),
@@ -105,6 +105,8 @@ def test_what_cannot_be_taken_is_listed_with_its_cause(pictures: Path, tmp_path:
         ({"image": "a.png", "caption": "\ud800", "n": 1}, "bad_caption"),
         ({"image": "a.png", "caption": "x", "n": "one"}, "bad_label"),
         ({"image": "a.png", "caption": "x", "n": -1}, "bad_label"),
+        ({"image": "a.png", "caption": "x", "n": 1.5}, "bad_label"),
+        ({"image": {"bytes": "89504e47"}, "caption": "x", "n": 1}, "missing_image"),
         ({"image": "a.png", "caption": "x", "n": None}, "bad_label"),
         (["a.png", "x"], "bad_row"),
     ]
@@ -388,7 +390,7 @@ def test_sources_that_cannot_be_used_are_refused(pictures: Path, img2dataset: Pa
     out = tmp_path / "out"
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path / "nowhere", {}, "does not exist"),
-        (pictures, {}, "5 pictures, no .txt captions and no tars: give a table"),
+        (pictures, {}, "5 pictures, no .txt captions of them and no tars: give a table"),
         (pictures, {"images": pictures}, "goes with a table"),
         (pictures / "readme.md", {}, r"no table: give one of \.csv"),
         (pictures, {"shard_size": 0}, "shard size 0"),
@@ -445,3 +447,10 @@ def test_shards_hold_plain_members_that_any_tar_reader_sees(pictures: Path, tmp_
     run(source, tmp_path / "out", images=pictures)
     with tarfile.open(tmp_path / "out/00000.tar") as tar:
         assert tar.getnames() == ["000000000.png", "000000000.txt", "000000000.json"]
+
+
+def test_a_text_that_is_no_caption_does_not_hide_the_table(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "README.txt").write_text("about these pictures")
+    (pictures / "captions.csv").write_text("image,caption\na.png,one\n")
+    with pytest.raises(ValueError, match=r"no .txt captions of them and no tars: give .*captions.csv as the source"):
+        run(pictures, tmp_path / "out")
