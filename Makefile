@@ -69,5 +69,6 @@ format: $(INSTALLED_DEV)
 	ruff check --fix .
 	ruff format .
 
+# What the quickstart made; sets, runs and exports of one's own stay.
 clean:
-	rm -rf data runs exports
+	rm -rf data/shapes data/shapes-encoded $(RUN) $(EXPORT)

@@ -4,6 +4,7 @@ One of the three modules that know either; the loop, the model and the data know
 """
 
 import datetime
+import difflib
 import json
 import logging
 import os
@@ -20,6 +21,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from t2i.threads import cores_per_rank
+
+_FIELDS = (
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "zero_optimization", "bf16", "fp16",
+    "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "activation_checkpointing", "prescale_gradients",
+    "communication_data_type", "data_types", "wall_clock_breakdown", "steps_per_print", "comms_logger", "checkpoint",
+)  # fmt: skip
+"""What a DeepSpeed JSON for training has at its top level, as far as it is likely to be written here."""
 
 GROUP_TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -87,8 +95,21 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     for name in ("optimizer", "scheduler"):
         if name in config:
             raise ValueError(f"{path} has a {name!r} section, which the recipe owns (train.lr and others); remove it")
+    for name in config:
+        # DeepSpeed takes no notice of fields that it does not know.
+        near = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.85)
+        if near and name not in _FIELDS:
+            raise ValueError(f"{path} has {name!r}; did you mean {near[0]!r}?")
     if not isinstance(config.get("train_micro_batch_size_per_gpu"), int):
         raise ValueError(f"{path} needs 'train_micro_batch_size_per_gpu' as a whole number (samples a rank at once)")
+    accumulation = config.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise ValueError(
+            f"{path} has 'gradient_accumulation_steps' {accumulation!r}; write a whole number of at least 1"
+        )
+    for name in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(name, {}), dict):
+            raise ValueError(f"{path} has {name!r} {config[name]!r}; write an object, as in deepspeed_configs/")
     if "train_batch_size" in config:
         raise ValueError(
             f"{path} has 'train_batch_size', which follows from micro-batch, accumulation and ranks; remove it"

@@ -3,16 +3,14 @@
 Shape suffixes: B batch, P caption tokens, X condition channels.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from t2i.config import Recipe
 from t2i.layers import RMSNorm
 from t2i.model import NAR
-from t2i.text_encoder import TextEncoder
+from t2i.text_encoder import TextEncoder, pad_left
 
 
 class TrainingModel(nn.Module):
@@ -96,13 +94,3 @@ def condition_tensors(
             "--text-encoder"
         )
     return pad_left(batch["states"], recipe.model.max_condition)
-
-
-def pad_left(states: Sequence[Tensor], max_length: int) -> tuple[Tensor, Tensor]:
-    """Join text states [length, X] to [B, P, X] and a bool mask [B, P], padded on the left to the longest."""
-    longest = min(max_length, max(len(s) for s in states))
-    # The last tokens are kept, so that the last position is the end-of-sentence token.
-    trimmed = [s[-longest:] for s in states]
-    padded = torch.stack([torch.nn.functional.pad(s, (0, 0, longest - len(s), 0)) for s in trimmed])
-    lengths = torch.tensor([len(s) for s in trimmed])
-    return padded, torch.arange(longest)[None] >= longest - lengths[:, None]

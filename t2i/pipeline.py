@@ -25,7 +25,7 @@ from t2i.devices import find_device
 from t2i.files import load_weights, read_json
 from t2i.model import NAR
 from t2i.sampling import generate
-from t2i.text_encoder import TextEncoder
+from t2i.text_encoder import TextEncoder, pad_left
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 from t2i.wavefronts import wavefront_sizes
 
@@ -109,6 +109,7 @@ class TextToImagePipeline:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        batch_size: int = 64,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Draw one picture per prompt.
@@ -118,6 +119,7 @@ class TextToImagePipeline:
             seed: The n-th picture is drawn with seed + n; the same seed and prompt give the same pixels.
             seeds: One for each prompt instead.
             guidance_scale, temperature, top_k, top_p: What the export was made with, unless given.
+            batch_size: Pictures drawn at once, at most.
             progress: Show a bar over wavefronts.
 
         Raises ValueError for prompts of the wrong kind, class numbers that do not exist, and options out of range.
@@ -125,23 +127,34 @@ class TextToImagePipeline:
         items: list[str | int] = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if not items:
             raise ValueError("no prompts; give at least one")
-        if seeds is None and seed is not None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; draw at least 1 picture at once")
+        if seed is not None:
+            if seeds is not None:
+                raise ValueError("both seed and seeds are given; give one of them")
             seeds = [seed + n for n in range(len(items))]
-        condition, mask = self._condition(items)
-        total = len(wavefront_sizes(self.model.config.grid))
+        if seeds is not None and len(seeds) != len(items):
+            raise ValueError(f"{len(seeds)} seeds for {len(items)} prompts; give one for each")
+        starts = range(0, len(items), batch_size)
+        images: list[Image.Image] = []
+        total = len(wavefront_sizes(self.model.config.grid)) * len(starts)
         with tqdm(total=total, desc="decode", unit="wavefront", disable=not progress) as bar:
-            tokens = generate(
-                self.model,
-                condition,
-                mask,
-                guidance_scale=self.sample.guidance_scale if guidance_scale is None else guidance_scale,
-                temperature=self.sample.temperature if temperature is None else temperature,
-                top_k=self.sample.top_k if top_k is None else top_k,
-                top_p=self.sample.top_p if top_p is None else top_p,
-                seeds=seeds,
-                callback=_advance(bar) if progress else None,
-            )
-        return [Image.fromarray(pixels) for pixels in self.decode(tokens)]
+            for start in starts:
+                part = slice(start, start + batch_size)
+                condition, mask = self._condition(items[part])
+                tokens = generate(
+                    self.model,
+                    condition,
+                    mask,
+                    guidance_scale=self.sample.guidance_scale if guidance_scale is None else guidance_scale,
+                    temperature=self.sample.temperature if temperature is None else temperature,
+                    top_k=self.sample.top_k if top_k is None else top_k,
+                    top_p=self.sample.top_p if top_p is None else top_p,
+                    seeds=None if seeds is None else seeds[part],
+                    callback=_advance(bar) if progress else None,
+                )
+                images += [Image.fromarray(pixels) for pixels in self.decode(tokens)]
+        return images
 
     def _condition(self, items: list[str | int]) -> tuple[Tensor, Tensor | None]:
         if self.text_encoder is None:
@@ -155,10 +168,12 @@ class TextToImagePipeline:
             raise ValueError(f"{wrong[0]!r} is no caption; this model draws from text")
         with torch.inference_mode():
             ids, mask = self.text_encoder.tokenize([str(item) for item in items])
-            states = self.text_encoder(ids.to(self.device), mask.to(self.device))
-        # A published encoder takes longer captions than some models; training keeps the last states, too.
-        longest = self.model.config.max_condition
-        return states[:, -longest:].to(self.model.tokens.weight.dtype), mask[:, -longest:].to(self.device)
+            mask = mask.to(self.device)
+            states = self.text_encoder(ids.to(self.device), mask)
+            # A published encoder takes longer captions than some models; trimmed as in training.
+            real = [row[kept] for row, kept in zip(states, mask, strict=True)]
+            states, mask = pad_left(real, self.model.config.max_condition)
+        return states.to(self.model.tokens.weight.dtype), mask
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> np.ndarray:

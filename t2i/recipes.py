@@ -53,7 +53,10 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def nar_xl_256() -> Recipe:
-    """The paper's first stage: 4M image-text pairs at 256x256, 60 epochs of batch 512 (arXiv 2503.10696)."""
+    """The paper's first stage: 4M image-text pairs at 256x256, 60 epochs (arXiv 2503.10696).
+
+    Its steps are of 512 pictures: micro-batch times accumulation in the DeepSpeed JSON, times ranks.
+    """
     return Recipe(
         name="nar-xl-256",
         model=nar_xl(),
@@ -69,7 +72,10 @@ def nar_xl_256() -> Recipe:
 
 
 def nar_xl_512() -> Recipe:
-    """The paper's second stage: 2M pairs at 512x512, 40 epochs."""
+    """The data and schedule of the paper's second stage: 2M pairs at 512x512, 40 epochs of batch 512.
+
+    The paper starts it from the weights of the first stage, which no option does yet: it starts from scratch.
+    """
     first = nar_xl_256()
     return replace(
         first,

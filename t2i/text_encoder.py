@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -243,6 +244,18 @@ class TextEncoder(nn.Module):
             return self(ids_BL, mask_BL), mask_BL
         finally:
             self.train(training)
+
+
+def pad_left(states: Sequence[Tensor], max_length: int) -> tuple[Tensor, Tensor]:
+    """Join text states [length, C] to [B, L, C] and a bool mask [B, L], padded on the left to the longest.
+
+    Of more than `max_length` states the first are kept, and the end-of-sentence token's, as `TextEncoder.tokenize` does.
+    """
+    longest = min(max_length, max(len(state) for state in states))
+    kept = [state if len(state) <= longest else torch.cat([state[: longest - 1], state[-1:]]) for state in states]
+    padded_BLC = torch.stack([F.pad(state, (0, 0, longest - len(state), 0)) for state in kept])
+    lengths_B1 = torch.tensor([[len(state)] for state in kept], device=padded_BLC.device)
+    return padded_BLC, torch.arange(longest, device=padded_BLC.device) >= longest - lengths_B1
 
 
 def _initialise(encoder: nn.Module, config: T5Config) -> None:

@@ -4,11 +4,12 @@ Everything random is a function of (seed, step): the samples (`data_pipeline.loa
 dropout. A resumed run therefore needs nothing but the weights, the optimizer and the step.
 """
 
+import contextlib
 import json
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -249,19 +250,19 @@ class Trainer:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", samples_per_s=f"{row['samples_per_s']:.0f}")
                     window = _Window(loader)
                 if recipe.data.validation and (step % train.validate_every == 0 or step == train.steps):
-                    log.write({"step": step, "val_loss": self.validation_loss()})
-                    window.skip_time()
+                    with window.paused():
+                        log.write({"step": step, "val_loss": self.validation_loss()})
                 if train.sample_every and (step % train.sample_every == 0 or step == train.steps):
-                    log.image(step, self.sample_grid(step))
-                    window.skip_time()
+                    with window.paused():
+                        log.image(step, self.sample_grid(step))
                 stop = self.engine.any_rank(self.signalled)
                 if stop or step % train.save_every == 0 or step == train.steps:
-                    checkpoint.save(
-                        self.engine, recipe.run_dir, step, self.inputs, self._files,
-                        keep_last=train.keep_last, averaged=train.ema_decay > 0,
-                    )  # fmt: skip
+                    with window.paused():
+                        checkpoint.save(
+                            self.engine, recipe.run_dir, step, self.inputs, self._files,
+                            keep_last=train.keep_last, averaged=train.ema_decay > 0,
+                        )  # fmt: skip
                     saved_at = step
-                    window.skip_time()
                 if stop:
                     break
         assert saved_at == step, (saved_at, step)
@@ -368,10 +369,12 @@ class _Window:
     def waited(self) -> float:
         return self._loader.wait_seconds - self._waited
 
-    def skip_time(self) -> None:
-        """Leave the time since the window began out of its rates; called right after a report."""
-        if not self.losses:
-            self._begun = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the window's rates."""
+        begun = time.perf_counter()
+        yield
+        self._begun += time.perf_counter() - begun
 
 
 def _mix(*numbers: int) -> int:

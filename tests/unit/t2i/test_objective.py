@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import collate_codes
 from t2i.config import Recipe
-from t2i.objective import build_model, condition_tensors, pad_left, parameter_groups
+from t2i.objective import build_model, condition_tensors, parameter_groups
 from t2i.recipes import shapes_tiny
 from t2i.text_encoder import train_sentencepiece
 
@@ -102,16 +100,3 @@ def test_shards_without_what_the_recipe_needs_are_refused(recipe: Recipe, batch:
     stored = replace(recipe, text_encoder=None, frozen_text_encoder="somewhere")
     with pytest.raises(ValueError, match="encode it with --text-encoder"):
         condition_tensors(batch, stored, None)
-
-
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), max_length=st.integers(1, 9))
-def test_states_are_padded_on_the_left_and_keep_their_end(lengths: list[int], max_length: int) -> None:
-    states = [torch.arange(1.0, length + 1)[:, None].expand(-1, 3) for length in lengths]
-    padded, mask = pad_left(states, max_length)
-    assert padded.shape == (len(lengths), min(max_length, max(lengths)), 3)
-    for b, length in enumerate(lengths):
-        kept = min(length, max_length)
-        assert mask[b].tolist() == [False] * (padded.shape[1] - kept) + [True] * kept
-        torch.testing.assert_close(padded[b][mask[b]], states[b][-kept:])
-        assert not padded[b][~mask[b]].any()
-    assert bool(mask[:, -1].all())

@@ -63,6 +63,7 @@ def test_seeds_decide_the_pixels_whatever_the_batch(pipe: TextToImagePipeline) -
     both = pixels(pipe(PROMPTS, seed=5))
     np.testing.assert_array_equal(both, pixels(pipe(PROMPTS, seeds=[5, 6])))
     np.testing.assert_array_equal(both[1:], pixels(pipe(PROMPTS[1], seed=6)))
+    np.testing.assert_array_equal(both, pixels(pipe(PROMPTS, seed=5, batch_size=1)))
     assert (pixels(pipe(PROMPTS, seed=6)) != both).any()
 
 
@@ -114,11 +115,15 @@ def test_prompts_of_the_wrong_kind_are_refused(
 def test_options_out_of_range_are_refused(pipe: TextToImagePipeline) -> None:
     with pytest.raises(ValueError, match="top_p 2"):
         pipe(PROMPTS, top_p=2.0)
-    with pytest.raises(ValueError, match="1 seeds for 2 samples"):
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
         pipe(PROMPTS, seeds=[1])
+    with pytest.raises(ValueError, match="both seed and seeds"):
+        pipe(PROMPTS, seed=1, seeds=[1, 2])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        pipe(PROMPTS, batch_size=0)
 
 
-def test_a_caption_longer_than_the_model_takes_keeps_its_end(text_encoder: TextEncoder) -> None:
+def test_a_caption_longer_than_the_model_takes_keeps_its_start_and_end_token(text_encoder: TextEncoder) -> None:
     # As training does with stored states.
     model = small_model(small_config((4, 4), condition_dim=8, max_condition=4))
     pipe = TextToImagePipeline(model, VQModel(VQ), text_encoder, SAMPLE, 8, Provenance("test", 3))
@@ -126,7 +131,12 @@ def test_a_caption_longer_than_the_model_takes_keeps_its_end(text_encoder: TextE
     states, _ = text_encoder.encode(PROMPTS)
     assert mask is not None
     assert bool(mask.all())
-    torch.testing.assert_close(condition, states[:, -4:])
+    for kept, state, real in zip(condition, states, text_encoder.tokenize(PROMPTS)[1], strict=True):
+        torch.testing.assert_close(kept, torch.cat([state[real][:3], state[-1:]]))
+
+
+def test_a_caption_of_ten_thousand_letters_is_drawn(pipe: TextToImagePipeline) -> None:
+    assert len(pipe(["a red circle " * 770, PROMPTS[0]], seed=0)) == 2
 
 
 def test_encode_decode_is_the_tokenizers_reconstruction(pipe: TextToImagePipeline) -> None:

@@ -16,6 +16,7 @@ from transformers import T5Config, T5EncoderModel
 from t2i.text_encoder import (
     TextEncoder,
     TextEncoderConfig,
+    pad_left,
     train_sentencepiece,
 )
 
@@ -229,3 +230,17 @@ except ValueError as error:
         assert deviations["block.1.layer.1.DenseReluDense.wi.weight"] == pytest.approx(128**-0.5, rel=0.1)
         assert deviations["block.1.layer.1.DenseReluDense.wo.weight"] == 0
         assert re.search("REFUSED .* is partitioned over ranks", run.stdout)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), max_length=st.integers(1, 9))
+def test_states_are_padded_on_the_left_and_keep_start_and_end(lengths: list[int], max_length: int) -> None:
+    states = [torch.arange(1.0, length + 1)[:, None].expand(-1, 3) for length in lengths]
+    padded, mask = pad_left(states, max_length)
+    assert padded.shape == (len(lengths), min(max_length, max(lengths)), 3)
+    for b, length in enumerate(lengths):
+        kept = min(length, max_length)
+        assert mask[b].tolist() == [False] * (padded.shape[1] - kept) + [True] * kept
+        expected = torch.cat([states[b][: kept - 1], states[b][-1:]])
+        torch.testing.assert_close(padded[b][mask[b]], expected)
+        assert not padded[b][~mask[b]].any()
+    assert bool(mask[:, -1].all())

@@ -18,7 +18,7 @@ from t2i.encoding import encode
 from t2i.engine import read_deepspeed_config
 from t2i.recipes import RECIPES, shapes_tiny
 from t2i.text_encoder import TextEncoder
-from t2i.training import Trainer, _mix, check_data, check_resumable, inputs_of, lr_at, vocabulary_of
+from t2i.training import Trainer, _mix, _Window, check_data, check_resumable, inputs_of, lr_at, vocabulary_of
 from t2i.vq import VQConfig, VQModel
 
 CONFIGS = sorted((Path(__file__).parents[3] / "deepspeed_configs").glob("*.json"))
@@ -297,6 +297,9 @@ GOOD: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_optimization"
         (GOOD | {"zero_optimization": {}}, "sets ZeRO stage 0; use 1, 2 or 3"),
         (GOOD | {"fp16": {"enabled": True}}, "enables fp16, which processors do not train in"),
         ([1, 2], "is not a JSON object"),
+        (GOOD | {"gradient_cliping": 1.0}, "has 'gradient_cliping'; did you mean 'gradient_clipping'"),
+        (GOOD | {"gradient_accumulation_steps": "2"}, "'gradient_accumulation_steps' '2'; write a whole number"),
+        ({"train_micro_batch_size_per_gpu": 4, "zero_optimization": 2}, "'zero_optimization' 2; write an object"),
     ],
 )
 def test_a_configuration_that_would_fail_later_is_refused(tmp_path: Path, config: Any, message: str) -> None:
@@ -358,3 +361,18 @@ def test_help_lists_the_fields_of_a_recipe(monkeypatch: pytest.MonkeyPatch, caps
     out = capsys.readouterr().out
     for option in ("--train.steps", "--model.width", "--run-dir", "--text-encoder.dim", "--data.lanes"):
         assert option in out
+
+
+# Reporting
+
+
+def test_what_happens_between_steps_is_left_out_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    window = _Window(SimpleNamespace(wait_seconds=0.0))  # type: ignore[arg-type]
+    window.losses.append(1.0)
+    now[0] += 2
+    with window.paused():
+        now[0] += 50
+    now[0] += 3
+    assert window.seconds() == 5
