@@ -64,8 +64,9 @@ class ModelConfig:
     """2-D rotary embedding for images, or a learned table for any grid."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
-    prefix_rotary: Literal["identity", "zero"] = "identity"
-    """Rotary factor of prefix positions: "zero" is what published checkpoints were trained with."""
+    prefix_rotary: Literal["identity", "sequence", "zero"] = "identity"
+    """Rotation of prefix positions: none; as if the words stood in the first row, left of the grid, so that attention can
+    tell which word is next to which; or the factor 0 that published checkpoints were trained with."""
     uncond_embedding: Literal["learned", "frozen"] = "learned"
     """Whether the prefix that stands in for a dropped caption is trained; published ones are frozen."""
     uncond_tokens: int = 1

@@ -49,22 +49,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
-def rotary_table(config: ModelConfig, grid: Grid) -> Tensor:
-    """Rotation of each grid position in wavefront order: float32 [N, E / 2, 2], last axis (cos, sin).
+def _rotations(config: ModelConfig, coords_L2: Tensor) -> Tensor:
+    """Rotation of positions (row, column): float32 [L, E / 2, 2], last axis (cos, sin).
 
     2-D rotary embedding: the first half of the pairs turns with the row, the second with the column (RoFormer, Su et
     al. 2021, arXiv 2104.09864, on two axes as in LlamaGen).
     """
-    head_dim = config.width // config.n_head
-    half = head_dim // 2
+    half = config.width // config.n_head // 2
     frequency = 1.0 / config.rope_base ** (torch.arange(0, half, 2).float() / half)
-    coords_N2 = coordinates(grid)[order(grid)].float()
-    angles = (coords_N2[:, :, None] * frequency).flatten(1)
+    angles = (coords_L2.float()[:, :, None] * frequency).flatten(1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+def rotary_table(config: ModelConfig, grid: Grid) -> Tensor:
+    """Rotation of each grid position in wavefront order: float32 [N, E / 2, 2]."""
+    return _rotations(config, coordinates(grid)[order(grid)])
+
+
 def prefix_rotary_table(config: ModelConfig, length: int) -> Tensor:
-    """Rotation of the prefix positions [length, E / 2, 2]: none, or the published factor 0, which erases q and k."""
+    """Rotation of the prefix positions [length, E / 2, 2], by `config.prefix_rotary`: none, that of columns -length to -1
+    of the first row, or the published factor 0, which erases q and k."""
+    if config.prefix_rotary == "sequence":
+        columns_L = torch.arange(-length, 0)
+        return _rotations(config, torch.stack([torch.zeros_like(columns_L), columns_L], dim=1))
     table = torch.zeros(length, config.width // config.n_head // 2, 2)
     if config.prefix_rotary == "identity":
         table[..., 0] = 1

@@ -93,8 +93,8 @@ def shapes_tiny() -> Recipe:
     return Recipe(
         name="shapes-tiny",
         model=ModelConfig(
-            grid=(8, 8), vocab_size=512, n_layer=2, n_head=4, width=128, ffn_multiple=32, init_std=0.08, residual_init="zero",
-            condition_dim=128, max_condition=32, dropout=0.0,
+            grid=(8, 8), vocab_size=512, n_layer=2, n_head=4, width=128, ffn_multiple=32, init_std=0.08,
+            residual_init="zero", prefix_rotary="sequence", condition_dim=128, max_condition=32, dropout=0.0,
         ),
         tokenizer="shapes",
         image_size=64,

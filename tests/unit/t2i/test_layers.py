@@ -68,6 +68,13 @@ def test_both_ways_to_rotate_are_one() -> None:
 def test_prefix_rotation_is_none_or_the_published_zero() -> None:
     x = torch.randn(1, 5, 2, HEAD_DIM)
     torch.testing.assert_close(rotate(x, prefix_rotary_table(CONFIG, 5)), x)
+    words = prefix_rotary_table(small_config((3, 4), prefix_rotary="sequence"), 3)
+    # The row's half does not turn, the column's turns by 1, 2, 3 steps backwards; the same words have the same places,
+    # however long the padding before them.
+    assert torch.equal(words[:, : HEAD_DIM // 4, 0], torch.ones(3, HEAD_DIM // 4))
+    cos, sin = words[:, HEAD_DIM // 4].unbind(-1)
+    torch.testing.assert_close(torch.atan2(sin, cos), torch.tensor([-3.0, -2.0, -1.0]))
+    assert torch.equal(prefix_rotary_table(small_config((3, 4), prefix_rotary="sequence"), 5)[2:], words)
     published = small_config((3, 4), prefix_rotary="zero")
     assert not rotate(x, prefix_rotary_table(published, 5)).any()
 
