@@ -184,7 +184,8 @@ def print_table(manifest: Manifest, console: Console | None = None) -> None:
     def row(name: str, count: int, meaning: str, style: str = "") -> None:
         table.add_row(name, f"{count:,}", f"{count / max(manifest.read, 1):.2%}", meaning, style=style)
 
-    row("good", manifest.samples, "verified: every picture decoded, every caption read", "green")
+    content = "every picture decoded" if manifest.kind == "raw" else "all codes and text states in range"
+    row("good", manifest.samples, f"verified: {content}, every caption read", "green")
     for cause, count in manifest.quarantined.items():
         row(cause, count, CAUSES[cause], "yellow")
     table.add_section()

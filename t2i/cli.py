@@ -175,7 +175,7 @@ def sample(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Draw pictures from an export and write them as one PNG grid, a row for each prompt.
 
@@ -189,13 +189,18 @@ def sample(
         temperature: 0 takes the likeliest token.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the likeliest tokens up to this probability mass.
-        device: Where to run.
+        device: Where to run; the first GPU or the processor when not given.
     """
+    from PIL.Image import registered_extensions
+
+    from t2i.devices import choose_device
     from t2i.pipeline import TextToImagePipeline, picture_grid
 
     if not prompts or images < 1:
         raise ValueError(f"{len(prompts)} prompts and {images} images of each; give at least one of both")
-    pipe = TextToImagePipeline.from_pretrained(folder, device)
+    if out.suffix.lower() not in registered_extensions() or out.is_dir():
+        raise ValueError(f"{out} is no file name of a picture; give one such as {out.with_suffix('.png')}")
+    pipe = TextToImagePipeline.from_pretrained(folder, choose_device(device))
     repeated = [prompt for prompt in prompts for _ in range(images)]
     if pipe.text_encoder is None:
         if not all(prompt.isdecimal() for prompt in prompts):

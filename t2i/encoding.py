@@ -14,7 +14,7 @@ from torch import Tensor
 from data_pipeline.encode import encode_set
 from data_pipeline.images import CROP_POLICY
 from data_pipeline.manifest import Manifest
-from t2i.devices import find_device
+from t2i.devices import choose_device
 from t2i.text_encoder import TextEncoder, text_encoder_sha256
 from t2i.threads import cores_per_rank
 from t2i.vq import images_to_tensor, load_vq, vq_sha256
@@ -36,9 +36,7 @@ def encode(
     into tokens, the device is not there, or as `encode_set` does.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    where = find_device(device)
+    where = choose_device(device)
     if where.type == "cpu":
         torch.set_num_threads(cores_per_rank())
     vq = load_vq(tokenizer).to(where)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from data_pipeline.atomic import write_bytes
-from t2i.config import Recipe
+from t2i.config import Recipe, to_json
 
 
 def open_rows(path: Path, step: int) -> TextIO:
@@ -62,7 +62,7 @@ class MetricsLog:
             resume="allow",
             dir=self.recipe.run_dir,
             mode="offline" if mode == "auto" else mode,  # type: ignore[arg-type]
-            config={"recipe": self.recipe.name},
+            config=json.loads(to_json(self.recipe)),
             settings=wandb.Settings(silent=True, console="off"),
         )
 

@@ -7,6 +7,7 @@ Shape suffixes: B batch, P prefix, X condition channels, n tokens of one wavefro
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -81,10 +82,12 @@ def generate(
         )
     if seeds is not None and len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} samples; give one for each")
+    if wrong := [seed for seed in seeds or () if not (isinstance(seed, Integral) and -(2**63) <= seed < 2**64)]:
+        raise ValueError(f"seed {wrong[0]!r} is no whole number of 64 bits; give one such as 0")
     if seeds is None:
         seeds = torch.randint(2**62, (batch,)).tolist()
     # Random numbers are made on the processor: the same picture for a seed on every device.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds] if temperature > 0 else []
     guided = guidance_scale != 1
     if condition_mask is not None:
         # No work on padding beyond the longest caption.

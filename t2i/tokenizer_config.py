@@ -96,6 +96,8 @@ class TokenizerTraining:
     """Decides start weights and the order of pictures."""
     save_every: int = 250
     """Steps between savings and measurements."""
+    device: str | None = None
+    """Where to train; the first GPU or the processor when not given."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "steps", "batch", "revive_every", "validation", "save_every"):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from data_pipeline.images import center_crop_resize, open_rgb
 from data_pipeline.index import RawSample, ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder
+from t2i.devices import choose_device
 from t2i.files import read_json
 from t2i.metrics import open_rows
 from t2i.tokenizer_config import TokenizerTraining
@@ -77,14 +78,15 @@ class TokenizerTrainer:
                 "add samples or keep fewer"
             )
         self.read_images = read_images
+        self.device = choose_device(config.device)
         torch.manual_seed(config.seed)
-        self.model = VQModel(config.model)
+        self.model = VQModel(config.model).to(self.device)
         for module in (self.model.encoder, self.model.quant_conv):
             module.requires_grad_(config.train_encoder)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
-        self.usage_K = torch.zeros(config.model.codebook_size)
+        self.usage_K = torch.zeros(config.model.codebook_size, device=self.device)
         self.step = 0
         self.seconds = 0.0
 
@@ -103,6 +105,7 @@ class TokenizerTrainer:
         """Go on from `state.pt`, if it is there. Raises ValueError where it belongs to other settings."""
         path, settings_path = self.config.out / "state.pt", self.config.out / "training.json"
         settings = json.loads(json.dumps(asdict(self.config), default=str))
+        del settings["device"]
         if not path.exists():
             self.config.out.mkdir(parents=True, exist_ok=True)
             settings_path.write_text(json.dumps(settings, indent=2))
@@ -115,7 +118,7 @@ class TokenizerTrainer:
                 "choose another --out, or give the same ones"
             )
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # bytes that are no state fail in the unpickler in any way
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path} is damaged ({reason}); remove it to start again") from error
@@ -134,7 +137,9 @@ class TokenizerTrainer:
         """Set the codes to k-means centres of encoder outputs over some batches of the loader."""
         batches = max(4, math.ceil(self.config.model.codebook_size * 128 / (self.config.batch * self._tokens())))
         with torch.no_grad():
-            features = [self.model.features(next(loader)[1]).movedim(1, -1).flatten(0, 2) for _ in range(batches)]
+            images = (next(loader)[1].to(self.device) for _ in range(batches))
+            # k-means on the processor, whose random numbers are the same everywhere.
+            features = [self.model.features(batch).movedim(1, -1).flatten(0, 2).cpu() for batch in images]
             centres_KD = kmeans(torch.cat(features), self.config.model.codebook_size, self._generator())
             self.model.quantize.embedding.weight.copy_(centres_KD)
         self.usage_K.zero_()
@@ -169,7 +174,8 @@ class TokenizerTrainer:
             points_ND = self.model.features(images_BCHW).movedim(1, -1).flatten(0, 2)
             # Where the codebook fits worst, a new code helps most.
             error_N = 1 - (points_ND @ self.model.quantize.normalized().T).amax(1)
-            chosen = torch.multinomial(error_N + 1e-6, min(len(dead), len(points_ND)), generator=self._generator())
+            count = min(len(dead), len(points_ND))
+            chosen = torch.multinomial(error_N.cpu() + 1e-6, count, generator=self._generator()).to(self.device)
             self.model.quantize.embedding.weight[dead[: len(chosen)]] = points_ND[chosen]
             state = self.optimizer.state[self.model.quantize.embedding.weight]
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -203,10 +209,10 @@ class TokenizerTrainer:
         squared, used_K = 0.0, torch.zeros(len(self.usage_K))
         for start in range(0, len(numbers), self.config.batch):
             batch = [self.shards.read_raw(i) for i in numbers[start : start + self.config.batch]]
-            images = self.read_images(batch)
+            images = self.read_images(batch).to(self.device)
             indices = self.model.encode(images)
             decoded = self.model.decode(indices).clamp(-1, 1)
-            used_K += torch.bincount(indices.flatten(), minlength=len(used_K))
+            used_K += torch.bincount(indices.flatten().cpu(), minlength=len(used_K))
             squared += F.mse_loss(decoded, images, reduction="none").mean((1, 2, 3)).sum().item()
             if preview is not None and start == 0:
                 pairs = np.stack([tensor_to_images(images[:16]), tensor_to_images(decoded[:16])])
@@ -245,7 +251,7 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = True) -> dict[st
                 # A loader of its own: the training order must not depend on what the start reads.
                 with BatchLoader(trainer.shards, order, config.batch, 0, 1, 10_000_000, read_images) as extra:
                     trainer.start_codebook(extra)
-            report = trainer.train_step(next(loader)[1])
+            report = trainer.train_step(next(loader)[1].to(trainer.device))
             trainer.seconds = time.perf_counter() - begun
             bar.update()
             bar.set_postfix(l1=f"{report['l1']:.4f}", codebook=f"{report['codebook']:.4f}")

@@ -28,7 +28,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -42,6 +41,7 @@ from eval.geneval.judging import Picture, judge_pictures, pictures_of
 from eval.geneval.prompts import Metadata, shapes_prompts, write_prompts
 from eval.geneval.report import Report, read_losses, write_report
 from eval.geneval.statistics import Summary, score_table, summarize
+from t2i.devices import choose_device
 from t2i.pipeline import ExportDescription, TextToImagePipeline, read_description
 
 __all__ = ["run_geneval"]
@@ -62,8 +62,7 @@ class _Export:
 
     @cached_property
     def pipe(self) -> TextToImagePipeline:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return TextToImagePipeline.from_pretrained(self.folder, device)
+        return TextToImagePipeline.from_pretrained(self.folder, choose_device())
 
     def __call__(self, prompts: list[str], *, seeds: list[int], **sampling: Any) -> list[Image.Image]:
         return self.pipe(prompts, seeds=seeds, **sampling)

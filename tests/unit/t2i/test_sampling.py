@@ -171,6 +171,8 @@ def test_callback_sees_every_wavefront_as_it_is_written() -> None:
         ({"top_p": 1.01}, "top_p 1.01"),
         ({"guidance_scale": -1.0}, "guidance -1.0"),
         ({"seeds": [1, 2, 3]}, "3 seeds for 2 samples"),
+        ({"seeds": [1, 1.5]}, "seed 1.5 is no whole number of 64 bits"),
+        ({"seeds": [1, 2**64]}, "is no whole number of 64 bits"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
