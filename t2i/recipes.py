@@ -119,7 +119,7 @@ def shapes_small() -> Recipe:
         model=replace(tiny.model, n_layer=3, n_head=6, width=192, init_std=0.065, condition_dim=192),
         text_encoder=replace(tiny.text_encoder, dim=192, n_head=6, ffn_dim=384),
         data=replace(tiny.data, path=Path("data/shapes-large-encoded")),
-        train=replace(tiny.train, steps=5000, lr=1.5e-3),
+        train=replace(tiny.train, steps=4500, lr=1.5e-3),
         run_dir=Path("runs/shapes-small"),
     )
 
