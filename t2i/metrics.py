@@ -1,8 +1,11 @@
 """Where the numbers of a run go: `metrics.jsonl` in its folder, and wandb."""
 
+import contextlib
 import json
 import os
+import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -72,20 +75,37 @@ class MetricsLog:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        self._to_wandb(lambda run: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"]))
 
     def image(self, step: int, path: Path | None) -> None:
         """Log the sample grid at `path`."""
         if self._wandb is not None and path is not None:
             import wandb
 
-            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+            self._to_wandb(lambda run: run.log({"samples": wandb.Image(str(path))}, step=step))
+
+    def _to_wandb(self, send: Callable[[Any], None]) -> None:
+        """Let wandb do something, if it is used. Whatever ails it must not end the run: it only loses what it shows.
+
+        Its service is a process of its own, which a launcher that stops a job ends with the ranks, before these have saved.
+        """
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:
+            print(
+                f"wandb has failed ({error}) and gets no more of this run; all of it is in {self.path}", file=sys.stderr
+            )
+            self._wandb = None
+            import wandb
+
+            with contextlib.suppress(Exception):  # or it would complain again, in length, when the process ends
+                wandb.teardown(exit_code=1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.enabled:
             self._file.close()
-            if self._wandb is not None:
-                self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._to_wandb(lambda run: run.finish(exit_code=0 if kind is None else 1))

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -78,3 +79,22 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(tmp_path: Path, monkeyp
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert all(run.name.endswith(run_id) for run in runs)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher that is told to stop ends wandb's service process too, while the ranks have still to save."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with MetricsLog(recipe(tmp_path, "auto"), 0, enabled=True) as log:
+        log.write({"step": 1, "loss": 1.0})
+        services = [child for child in psutil.Process().children(recursive=True) if "wandb" in child.name()]
+        assert services
+        for service in services:
+            service.kill()
+        psutil.wait_procs(services, timeout=30)
+        for step in range(2, 200):
+            log.write({"step": step, "loss": 1.0})
+    assert steps(tmp_path) == list(range(1, 200))
+    assert capsys.readouterr().err.count("wandb has failed") == 1
