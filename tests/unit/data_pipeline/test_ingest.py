@@ -113,7 +113,9 @@ def test_what_cannot_be_taken_is_listed_with_its_cause(pictures: Path, tmp_path:
     source = table(tmp_path / "t.json", [row for row, _ in cases])
     report = run(source, tmp_path / "out", images=pictures, label_field="n")
     expected = [(number, cause) for number, (_, cause) in enumerate(cases) if cause]
-    assert [(entry["row"], entry["cause"]) for entry in refusals(tmp_path / "out")] == expected
+    listed = refusals(tmp_path / "out")
+    assert [(entry["row"], entry["cause"]) for entry in listed] == expected
+    assert any("field 'image' holds a dict, not a path" in entry["detail"] for entry in listed)
     assert (report.read, report.samples, report.unlisted) == (len(cases), 4, 3)
     assert ShardSet(tmp_path / "out").key(2) == "000000009", "the key is the row's number"
 
