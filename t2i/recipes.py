@@ -110,7 +110,7 @@ def shapes_tiny() -> Recipe:
 
 
 def shapes_small() -> Recipe:
-    """A model of about twice the size on three times as many pictures, an hour or two on two cores."""
+    """A model of about twice the size on three times as many pictures, about an hour on two cores."""
     tiny = shapes_tiny()
     assert tiny.text_encoder is not None
     return replace(
