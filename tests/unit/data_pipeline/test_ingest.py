@@ -222,6 +222,18 @@ def test_a_set_that_is_ingested_again_is_none_until_it_is_indexed(pictures: Path
         ShardSet(out)
 
 
+def interrupt_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a file of this name is as if Ctrl-C were pressed."""
+    read_bytes = Path.read_bytes
+
+    def interrupted(path: Path) -> bytes:
+        if path.name == name:
+            raise KeyboardInterrupt
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", interrupted)
+
+
 def test_the_manifest_goes_before_the_first_shard_is_rewritten(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,14 +241,7 @@ def test_the_manifest_goes_before_the_first_shard_is_rewritten(
     source, out = table(tmp_path / "t.json", rows), tmp_path / "out"
     run(source, out, images=pictures, shard_size=1)
     (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes() + b" ")
-    read_bytes = Path.read_bytes
-
-    def interrupted(path: Path) -> bytes:
-        if path.name == "a.png":
-            raise KeyboardInterrupt
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", interrupted)
+    interrupt_at("a.png", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         ingest(source, out, images=pictures, shard_size=1, progress=False)
     assert not (out / "manifest.json").exists()
@@ -247,14 +252,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     rows = [{"image": name, "caption": name} for name in ("a.png", "b c.jpg", "z.jpeg")]
     source, out = table(tmp_path / "t.json", rows), tmp_path / "out"
-    read_bytes = Path.read_bytes
-
-    def interrupted(path: Path) -> bytes:
-        if path.name == "z.jpeg":
-            raise KeyboardInterrupt
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", interrupted)
+    interrupt_at("z.jpeg", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         ingest(source, out, images=pictures, shard_size=1, progress=False)
     monkeypatch.undo()
