@@ -4,6 +4,7 @@ One owner for each number: micro-batch, accumulation, clipping, precision, ZeRO 
 JSON; everything else lives here.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,16 +34,19 @@ def _share(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A NAR transformer. The defaults are the image model's; presets are in `t2i.recipes`."""
+    """A NAR transformer, or a raster one. The defaults are the image model's; presets are in `t2i.recipes`."""
 
     __pydantic_config__ = _STRICT  # a misspelt field is an error, not a default
 
     grid: tuple[int, ...] = (16, 16)
     """Tokens along each axis: (rows, columns) for images, (frames, rows, columns) for video."""
+    order: Literal["neighbor", "raster"] = "neighbor"
+    """All tokens of one Manhattan distance in a pass, with a prediction head for each axis (NAR), or row by row, one token
+    a pass, with one head (LlamaGen, arXiv 2406.06525): the baseline."""
     vocab_size: int = 16384
     """Codes of the image tokenizer."""
     n_layer: int = 12
-    """Trunk blocks; each axis after the last adds one more."""
+    """Trunk blocks; in neighbor order each axis after the last adds one more."""
     n_head: int = 12
     """Attention heads of a block."""
     n_kv_head: int | None = None
@@ -116,9 +120,15 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
 
     @property
+    def schedule(self) -> tuple[int, ...]:
+        """The grid as it is written: itself, or, in raster order, unrolled to one axis, along which the next token is the
+        only neighbor. Its wavefronts are the passes of decoding."""
+        return self.grid if self.order == "neighbor" else (math.prod(self.grid),)
+
+    @property
     def n_axes(self) -> int:
-        """Prediction heads: one for each axis."""
-        return len(self.grid)
+        """Axes of the schedule, each with a prediction head."""
+        return len(self.schedule)
 
     @property
     def residual_std(self) -> float:

@@ -78,7 +78,7 @@ def load_official_nar(
     misshapen = [key for key in outputs if key in weights and tuple(weights[key].shape) != (vocab_size, width)]
     problems += [f"{key} is {tuple(weights[key].shape)}, expected {(vocab_size, width)}" for key in misshapen]
     if not misshapen and all(key in weights for key in outputs):
-        renamed["heads.weight"] = torch.stack([weights[key] for key in outputs])
+        renamed["heads.weight"] = torch.stack([weights[key] for key in outputs], dim=1)
     problems += [f"missing what becomes {key}" for key in own if key not in renamed]
     problems += [
         f"{key} is {tuple(tensor.shape)}, expected {tuple(own[key].shape)}"

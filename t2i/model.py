@@ -49,17 +49,17 @@ class Tables:
 @cache
 def tables(config: ModelConfig, device: torch.device) -> Tables:
     """The tables of a configuration. Kept out of the modules' buffers, where a cast to bf16 would blunt the angles."""
-    grid = config.grid
+    written = config.schedule
     # A tensor made in inference mode could not be used for training later.
     with torch.inference_mode(False):
         # The origin is predicted from the last prefix position, which stands right before the grid: place -1.
-        places_NA = predecessors(grid)
+        places_NA = predecessors(written)
         return Tables(
-            order(grid).to(device),
-            rank(grid).to(device),
+            order(written).to(device),
+            rank(written).to(device),
             places_NA.to(device),
-            head_weights(grid, config.n_axes).to(device),
-            rotary_table(config, grid).to(device) if config.positions == "rotary" else None,
+            head_weights(written).to(device),
+            rotary_table(config).to(device) if config.positions == "rotary" else None,
         )
 
 
@@ -207,7 +207,7 @@ class NAR(nn.Module):
         x = torch.cat([prefix_BPC, self._embed(tokens_BN[:, :-1], 0)], dim=1)
         x = self.token_dropout(x)
         fixed = tables(self.config, x.device)
-        allowed = attention_mask(self.config.grid, length).to(x.device)[:-1, :-1]
+        allowed = attention_mask(self.config.schedule, length).to(x.device)[:-1, :-1]
         table = prefix_table(self.config, length, x.device)
         if table is not None and fixed.rotary_NE2 is not None:
             table = torch.cat([table, fixed.rotary_NE2[:-1]])
@@ -265,7 +265,7 @@ class NAR(nn.Module):
 
     def step(self, tokens_Bn: Tensor, wavefront: int, cache: KVCache, prefix_mask: Tensor | None) -> Tensor:
         """Run one wavefront's tokens [B, n] and return the logits of the next one [B, n', V]."""
-        sizes = wavefront_sizes(self.config.grid)
+        sizes = wavefront_sizes(self.config.schedule)
         first, after = sum(sizes[:wavefront]), sum(sizes[: wavefront + 1])
         fixed = tables(self.config, tokens_Bn.device)
         table = None if fixed.rotary_NE2 is None else fixed.rotary_NE2[first:after]

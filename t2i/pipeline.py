@@ -29,7 +29,7 @@ from t2i.text_encoder import TextEncoder, pad_left
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 from t2i.wavefronts import wavefront_sizes
 
-FORMAT = 1
+FORMAT = 2
 Prompts = str | int | Sequence[str] | Sequence[int]
 
 
@@ -137,7 +137,7 @@ class TextToImagePipeline:
             raise ValueError(f"{len(seeds)} seeds for {len(items)} prompts; give one for each")
         starts = range(0, len(items), batch_size)
         images: list[Image.Image] = []
-        total = len(wavefront_sizes(self.model.config.grid)) * len(starts)
+        total = len(wavefront_sizes(self.model.config.schedule)) * len(starts)
         with tqdm(total=total, desc="decode", unit="wavefront", disable=not progress) as bar:
             for start in starts:
                 part = slice(start, start + batch_size)

@@ -99,7 +99,7 @@ def generate(
         condition_mask = None if condition_mask is None else torch.cat([condition_mask, condition_mask])
         unconditional = torch.arange(2 * batch, device=device) >= batch
 
-    sizes = wavefront_sizes(model.config.grid)
+    sizes = wavefront_sizes(model.config.schedule)
     rank_N = tables(model.config, device).rank_N
     tokens_BN = torch.full((batch, model.n_tokens), -1, dtype=torch.int64, device=device)
     logits, cache, prefix_mask = model.prefill(condition, condition_mask, unconditional)

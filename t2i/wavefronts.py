@@ -84,14 +84,12 @@ def attention_mask(grid: Grid, prefix: int) -> Tensor:
 
 
 @cache
-def head_weights(grid: Grid, n_heads: int) -> Tensor:
-    """Weight of the head of each axis in the mean that predicts each position (wavefront order): float32 [N, A].
+def head_weights(grid: Grid) -> Tensor:
+    """Weight of the head of each axis in the mean that predicts each position (wavefront order): float32 [N, D].
 
     The mean is over the predecessors that lie inside the grid; the origin's is over all heads at the last prefix
-    position. With one head (`n_heads` 1, raster order within one axis) the weight is 1.
+    position.
     """
-    if n_heads == 1:
-        return torch.ones(len(order(grid)), 1)
     inside_ND = (predecessors(grid) >= 0).float()
     inside_ND[0] = 1
     return inside_ND / inside_ND.sum(-1, keepdim=True)

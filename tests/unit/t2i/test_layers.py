@@ -38,7 +38,7 @@ def test_rms_norm_is_its_formula_in_fp32() -> None:
 
 
 def test_rotary_table_turns_half_by_row_and_half_by_column() -> None:
-    table = rotary_table(CONFIG, CONFIG.grid)
+    table = rotary_table(CONFIG)
     assert table.shape == (12, HEAD_DIM // 2, 2)
     pairs = HEAD_DIM // 4
     for place, (row, column) in enumerate(coordinates(CONFIG.grid)[order(CONFIG.grid)].tolist()):
@@ -51,7 +51,7 @@ def test_rotary_table_turns_half_by_row_and_half_by_column() -> None:
 @given(st.integers(0, 10**6))
 def test_rotation_is_complex_multiplication_and_keeps_lengths(seed: int) -> None:
     x = torch.randn(2, 12, 2, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
-    table = rotary_table(CONFIG, CONFIG.grid)
+    table = rotary_table(CONFIG)
     turned = rotate(x, table)
     as_complex = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(table)[:, None]
     torch.testing.assert_close(turned, torch.view_as_real(as_complex).flatten(-2))
@@ -60,7 +60,7 @@ def test_rotation_is_complex_multiplication_and_keeps_lengths(seed: int) -> None
 
 def test_both_ways_to_rotate_are_one() -> None:
     x = torch.randn(2, 12, 3, HEAD_DIM)
-    table = rotary_table(CONFIG, CONFIG.grid)
+    table = rotary_table(CONFIG)
     torch.testing.assert_close(rotate(x, table).double(), rotate(x.double(), table), rtol=1e-5, atol=1e-6)
     assert rotate(x.bfloat16(), table).dtype == torch.bfloat16
 
@@ -109,8 +109,8 @@ def test_heads_are_the_weighted_mean_of_their_own_logits() -> None:
     heads = AxisHeads(CONFIG)
     torch.nn.init.normal_(heads.weight)
     hidden = [torch.randn(2, 12, 16) for _ in range(2)]
-    weights = head_weights(CONFIG.grid, 2)
-    separate = torch.stack([F.linear(n(h), w) for n, h, w in zip(heads.norms, hidden, heads.weight, strict=True)])
+    weights = head_weights(CONFIG.grid)
+    separate = torch.stack([F.linear(n(h), w) for n, h, w in zip(heads.norms, hidden, heads.weight.unbind(1), strict=True)])
     torch.testing.assert_close(heads(hidden, weights), (separate * weights.T[:, None, :, None]).sum(0))
 
 
@@ -119,8 +119,8 @@ def test_initial_weights() -> None:
     for layer in (Linear(256, 256, 0.02), Embedding(256, 256, 0.02)):
         assert abs(layer.weight.std().item() - 0.02) < 5e-4
     last, every = AxisHeads(CONFIG), AxisHeads(small_config((3, 4), zero_init_heads="all"))
-    assert last.weight[0].any()
-    assert not last.weight[1].any()
+    assert last.weight[:, 0].any()
+    assert not last.weight[:, 1].any()
     assert not every.weight.any()
 
 
@@ -140,7 +140,7 @@ def test_every_matrix_of_a_model_starts_from_the_std_of_its_configuration() -> N
     matrices = {k: v for k, v in model.named_parameters() if v.ndim > 1 and not k.endswith("uncond") and v.any()}
     assert len(matrices) >= 9
     for name, weight in matrices.items():
-        drawn = weight[:-1] if name == "heads.weight" else weight  # the last head starts at zero
+        drawn = weight[:, :-1] if name == "heads.weight" else weight  # the last head starts at zero
         assert drawn.std().item() == pytest.approx(0.3, rel=0.15), name
 
 
@@ -149,7 +149,7 @@ def test_heads_that_start_from_codes_are_alike_where_codes_are() -> None:
     codes = F.normalize(torch.randn(16, 8), dim=1)
     codes[1] = codes[0]
     codes[:, 0] *= 20  # one direction that outweighs all others must not be all that the heads see
-    heads = AxisHeads(small_config((3, 4), vocab_size=16, width=256, init_std=0.05), codes).weight.detach()
+    heads = AxisHeads(small_config((3, 4), vocab_size=16, width=256, init_std=0.05), codes).weight.detach().unbind(1)
     assert len(heads) == 2
     assert not torch.equal(heads[0], heads[1])
     centred = codes - codes.mean(0)

@@ -30,6 +30,7 @@ variants = st.sampled_from(
         {"uncond_embedding": "frozen"},
         {"uncond_tokens": 5, "uncond_mask": "caption"},
         {"zero_init_heads": "all"},
+        {"order": "raster"},
     ]
 )
 
@@ -85,7 +86,8 @@ def obvious_logits(model: NAR, tokens_BN: Tensor, states_BPX: Tensor, mask_BP: T
         elif j < prefix:
             allowed[b, i, j] = bool(mask_BP[b, j])
         else:
-            allowed[b, i, j] = sum(coords[j - prefix]) <= sum(coords[i - prefix])
+            raster, (row, column) = config.order == "raster", (coords[i - prefix], coords[j - prefix])
+            allowed[b, i, j] = j <= i if raster else sum(column) <= sum(row)
 
     def turned(v_LE: Tensor) -> Tensor:
         if config.positions == "learned":
@@ -125,17 +127,19 @@ def obvious_logits(model: NAR, tokens_BN: Tensor, states_BPX: Tensor, mask_BP: T
         up = y @ w["feed_forward.w3.weight"].T
         x = x + (gate * torch.sigmoid(gate) * up) @ w["feed_forward.w2.weight"].T
         hidden.append(x)
-    axes = len(config.grid)
+    axes = 1 if config.order == "raster" else len(config.grid)
     heads = []
     for axis in range(axes):
         h = hidden[config.n_layer - 1 + (axes - 1 - axis)]  # the last axis after the trunk, each other one block later
-        heads.append(norm(h, weights[f"heads.norms.{axis}.weight"]) @ weights["heads.weight"][axis].T)
+        heads.append(norm(h, weights[f"heads.norms.{axis}.weight"]) @ weights["heads.weight"][:, axis].T)
     logits = torch.zeros(len(x), len(coords), config.vocab_size)
     for n, coordinate in enumerate(coords):
         predictions = []
         for axis in range(axes):
             back = tuple(c - (a == axis) for a, c in enumerate(coordinate))
-            if min(back) >= 0:
+            if config.order == "raster" and n > 0:
+                predictions.append(heads[axis][:, prefix + n - 1])
+            elif config.order == "neighbor" and min(back) >= 0:
                 predictions.append(heads[axis][:, prefix + coords.index(back)])
             elif n == 0:
                 predictions.append(heads[axis][:, prefix - 1])
@@ -174,16 +178,16 @@ def test_cached_steps_give_the_uncached_logits(
     model = small_model(small_config(grid, **variant), seed)
     states, mask = captions(model.config, lengths, seed)
     tokens = tokens_for(model.config, len(lengths), seed)
-    in_order = order(grid)
+    in_order, sizes = order(model.config.schedule), wavefront_sizes(model.config.schedule)
     with torch.no_grad():
         expected = model.logits(tokens, states, mask)[:, in_order]
         step, cache, prefix_mask = model.prefill(states, mask, None)
         got, done = [step], 0
-        for wavefront, size in enumerate(wavefront_sizes(grid)[:-1]):
+        for wavefront, size in enumerate(sizes[:-1]):
             got.append(model.step(tokens[:, in_order[done : done + size]], wavefront, cache, prefix_mask))
             done += size
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-4)
-    assert cache.length == states.shape[1] + model.n_tokens - wavefront_sizes(grid)[-1]
+    assert cache.length == states.shape[1] + model.n_tokens - sizes[-1]
 
 
 @few

@@ -79,7 +79,7 @@ def test_attention_is_block_lower_triangular_in_wavefront_order(grid: Grid) -> N
 
 @given(grids)
 def test_head_weights_are_a_mean_over_the_predecessors_inside(grid: Grid) -> None:
-    weights = head_weights(grid, len(grid))
+    weights = head_weights(grid)
     torch.testing.assert_close(weights.sum(1), torch.ones(math.prod(grid)))
     torch.testing.assert_close(weights[0], torch.full((len(grid),), 1 / len(grid)))
     for row, places in zip(weights[1:], predecessors(grid)[1:], strict=True):
