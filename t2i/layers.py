@@ -115,16 +115,27 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self.places: Tensor | None = None
 
     def extend(self, block: int, keys_BKLE: Tensor, values_BKLE: Tensor) -> tuple[Tensor, Tensor]:
         """Write the keys and values of new positions behind what is there; returns all so far, without a copy.
 
-        `length` moves on when the caller calls `advance`, once all blocks have written.
+        `length` moves on when the caller calls `advance`, once all blocks have written. Where `places` (int64 [L]) are
+        set, the new positions go there instead, all below `length`, which stays.
         """
-        end = self.length + keys_BKLE.shape[2]
-        self.keys[block, :, :, self.length : end] = keys_BKLE
-        self.values[block, :, :, self.length : end] = values_BKLE
+        if self.places is None:
+            end = self.length + keys_BKLE.shape[2]
+            self.keys[block, :, :, self.length : end] = keys_BKLE
+            self.values[block, :, :, self.length : end] = values_BKLE
+        else:
+            end = self.length
+            self.keys[block].index_copy_(2, self.places, keys_BKLE)
+            self.values[block].index_copy_(2, self.places, values_BKLE)
         return self.keys[block, :, :, :end], self.values[block, :, :, :end]
+
+    def keep_first(self, samples: int) -> None:
+        """Drop all but the first samples of the batch."""
+        self.keys, self.values = self.keys[:, :samples], self.values[:, :samples]
 
     def advance(self, positions: int) -> None:
         self.length += positions

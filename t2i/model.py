@@ -178,13 +178,11 @@ class NAR(nn.Module):
         itself = torch.eye(length, dtype=torch.bool, device=real_BP.device)
         return ((causal & real_BP[:, None, :]) | itself)[:, None]
 
-    def _embed(self, tokens_Bn: Tensor, first: int) -> Tensor:
-        """Embeddings of tokens that stand from place `first` of the wavefront order on."""
+    def _embed(self, tokens_Bn: Tensor, places: slice | Tensor) -> Tensor:
+        """Embeddings of tokens that stand at these places of the wavefront order."""
         x = self.tokens(tokens_Bn)
         if self.config.positions == "learned":
-            order_N = tables(self.config, x.device).order_N
-            places = self.config.prefix + order_N[first : first + tokens_Bn.shape[1]]
-            x = x + self.positions[places]
+            x = x + self.positions[self.config.prefix + tables(self.config, x.device).order_N[places]]
         return x
 
     def _embed_prefix(
@@ -204,7 +202,7 @@ class NAR(nn.Module):
         prefix_BPC, real_BP = self._embed_prefix(condition, mask, unconditional_B)
         length = prefix_BPC.shape[1]
         # Nothing is predicted from the last token.
-        x = torch.cat([prefix_BPC, self._embed(tokens_BN[:, :-1], 0)], dim=1)
+        x = torch.cat([prefix_BPC, self._embed(tokens_BN[:, :-1], slice(-1))], dim=1)
         x = self.token_dropout(x)
         fixed = tables(self.config, x.device)
         allowed = attention_mask(self.config.schedule, length).to(x.device)[:-1, :-1]
@@ -244,23 +242,55 @@ class NAR(nn.Module):
 
     # Decoding
 
+    def _prefill(
+        self, condition: Tensor, mask: Tensor | None, unconditional_B: Tensor | None
+    ) -> tuple[Tensor, KVCache, Tensor]:
+        """Run one kind of prefix: the origin's logits [B, 1, V], a cache of the prefix alone, its real positions [B, P]."""
+        prefix_BPC, real_BP = self._embed_prefix(condition, mask, unconditional_B)
+        batch, length, _ = prefix_BPC.shape
+        cache = KVCache(self.config, batch, length, prefix_BPC.device, prefix_BPC.dtype)
+        table = prefix_table(self.config, length, prefix_BPC.device)
+        hidden = self._run(prefix_BPC, table, self._prefix_mask(real_BP), cache)
+        logits = self.heads([h[:, -1:] for h in hidden], tables(self.config, condition.device).head_weights_NA[:1])
+        return logits, cache, real_BP
+
+    def _prefill_unconditional(self, condition: Tensor, mask: Tensor | None) -> tuple[Tensor, KVCache, Tensor]:
+        """Run the prefix of no condition: a single one where it is the same for all samples."""
+        alike = True
+        if self.config.condition == "text":
+            if self.config.uncond_mask == "full":
+                condition, mask = condition[:, :0], None  # it has a length of its own
+            else:
+                alike = mask is None or bool((mask == mask[:1]).all())
+        rows = slice(1) if alike else slice(None)
+        condition, mask = condition[rows], None if mask is None else mask[rows]
+        return self._prefill(condition, mask, torch.ones(len(condition), dtype=torch.bool, device=condition.device))
+
     def prefill(
-        self, condition: Tensor, condition_mask: Tensor | None, unconditional_B: Tensor | None
+        self, condition: Tensor, condition_mask: Tensor | None, guided: bool = False
     ) -> tuple[Tensor, KVCache, Tensor | None]:
-        """Run the prefix and start a cache.
+        """Run the prefixes and start a cache; when `guided`, the batch is twice as long, its second half without
+        condition.
 
         Returns the origin's logits [B, 1, V], the cache, and the mask [B, 1, 1, P] of the prefix's real positions, or
         None where all are real.
         """
-        prefix_BPC, real_BP = self._embed_prefix(condition, condition_mask, unconditional_B)
-        batch, length, _ = prefix_BPC.shape
+        kinds = [self._prefill(condition, condition_mask, None)]
+        if guided:
+            kinds.append(self._prefill_unconditional(condition, condition_mask))
+        batch, length = len(condition), max(real.shape[1] for _, _, real in kinds)
+        sample = kinds[0][1].keys
         # The last token is never an input, so it needs no place.
-        cache = KVCache(self.config, batch, length + self.n_tokens - 1, prefix_BPC.device, prefix_BPC.dtype)
-        hidden = self._run(
-            prefix_BPC, prefix_table(self.config, length, prefix_BPC.device), self._prefix_mask(real_BP), cache
-        )
+        cache = KVCache(self.config, len(kinds) * batch, length + self.n_tokens - 1, sample.device, sample.dtype)
+        real_BP = torch.zeros(len(kinds) * batch, length, dtype=torch.bool, device=sample.device)
+        for number, (_, own, real) in enumerate(kinds):
+            rows, padding = slice(number * batch, (number + 1) * batch), length - real.shape[1]
+            for all_of_it, part in ((cache.keys, own.keys), (cache.values, own.values)):
+                all_of_it[:, rows, :, :padding] = 0  # masked, yet what is in fresh memory may be no number
+                all_of_it[:, rows, :, padding:length] = part
+            real_BP[rows, padding:] = real
         cache.advance(length)
-        logits = self.heads([h[:, -1:] for h in hidden], tables(self.config, condition.device).head_weights_NA[:1])
+        logits = torch.cat([logits.expand(batch, -1, -1) for logits, _, _ in kinds])
         return logits, cache, None if bool(real_BP.all()) else real_BP[:, None, None, :]
 
     def step(self, tokens_Bn: Tensor, wavefront: int, cache: KVCache, prefix_mask: Tensor | None) -> Tensor:
@@ -270,12 +300,26 @@ class NAR(nn.Module):
         fixed = tables(self.config, tokens_Bn.device)
         table = None if fixed.rotary_NE2 is None else fixed.rotary_NE2[first:after]
         mask = None if prefix_mask is None else F.pad(prefix_mask, (0, after), value=True)
-        hidden = self._run(self._embed(tokens_Bn, first), table, mask, cache)
+        hidden = self._run(self._embed(tokens_Bn, slice(first, after)), table, mask, cache)
         cache.advance(after - first)
         following = slice(after, after + sizes[wavefront + 1])
         # A predecessor outside the grid has weight 0, so any place will do for it.
         places = (fixed.predecessors_NA[following] - first).clamp_min(0)
         return self.heads([h[:, places[:, a]] for a, h in enumerate(hidden)], fixed.head_weights_NA[following])
+
+    def step_anywhere(
+        self, tokens_Bn: Tensor, positions_n: Tensor, mask: Tensor, cache: KVCache, wanted: slice
+    ) -> Tensor:
+        """Run tokens of any positions of a raster model: the logits [B, n', V] of the positions after those `wanted`.
+
+        `mask` (bool, broadcastable to [B, 1, n, S]) says what of the cache each may attend to; `cache.places` where
+        they go.
+        """
+        assert self.config.order == "raster", "only in raster order one input decides one position"
+        rotary_NE2 = tables(self.config, tokens_Bn.device).rotary_NE2
+        table = None if rotary_NE2 is None else rotary_NE2[positions_n]
+        (hidden,) = self._run(self._embed(tokens_Bn, positions_n), table, mask, cache)
+        return self.heads([hidden[:, wanted]], hidden.new_ones(1, 1))
 
 
 def parameter_count(config: ModelConfig) -> int:

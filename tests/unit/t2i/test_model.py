@@ -181,7 +181,7 @@ def test_cached_steps_give_the_uncached_logits(
     in_order, sizes = order(model.config.schedule), wavefront_sizes(model.config.schedule)
     with torch.no_grad():
         expected = model.logits(tokens, states, mask)[:, in_order]
-        step, cache, prefix_mask = model.prefill(states, mask, None)
+        step, cache, prefix_mask = model.prefill(states, mask)
         got, done = [step], 0
         for wavefront, size in enumerate(sizes[:-1]):
             got.append(model.step(tokens[:, in_order[done : done + size]], wavefront, cache, prefix_mask))

@@ -61,9 +61,9 @@ def test_tokens_are_drawn_with_the_right_probabilities(options: dict[str, Any]) 
     drawn = generate(model, states.expand(draws, -1, -1), mask.expand(draws, -1), seeds=range(draws), **options)
     frequencies = torch.bincount(drawn.flatten(), minlength=11) / draws
     with torch.no_grad():
-        logits = model.prefill(states, mask, None)[0][0, 0]
+        logits = model.prefill(states, mask)[0][0, 0]
         if (scale := options.get("guidance_scale", 1.0)) != 1:
-            unconditional = model.prefill(states, mask, torch.tensor([True]))[0][0, 0]
+            unconditional = model.prefill(states, mask, guided=True)[0][1, 0]
             logits = unconditional + scale * (logits - unconditional)
     logits = logits / options.get("temperature", 1.0)
     kept = kept_by_definition(logits.tolist(), options.get("top_k", 0), options.get("top_p", 1.0))
