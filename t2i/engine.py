@@ -171,8 +171,9 @@ class Engine:
         dtype = self.dtype if tensor.is_floating_point() else None
         return tensor.to(self.runtime.device, dtype, non_blocking=True)
 
-    def step(self, micro_batches: Sequence[tuple[Tensor | None, ...]], lr: float) -> float:
-        """One optimizer step over `accumulation` micro-batches; returns their mean loss on this rank (nats)."""
+    def step(self, micro_batches: Sequence[tuple[Tensor | None, ...]], lr: float) -> Tensor:
+        """One optimizer step over `accumulation` micro-batches; returns their mean loss on this rank (nats), a scalar on
+        its device, so that nothing waits for it."""
         assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -183,7 +184,7 @@ class Engine:
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += loss.detach().float()
-        return float(total / self.accumulation)
+        return total / self.accumulation
 
     @torch.no_grad()
     def evaluate(self, inputs: tuple[Tensor | None, ...]) -> float:

@@ -1,15 +1,18 @@
-"""The transformer blocks of the NAR model, their rotary positions, key-value cache and prediction heads.
+"""The transformer blocks of the NAR model, their rotary positions and key-value cache.
 
 Single-device code. Every module sets its own parameters in its constructor: under ZeRO-3 they are partitioned as soon
 as that constructor returns, and an outer module could no longer reach them.
 
-Shape suffixes: B batch, L sequence, S cached sequence, H heads, K key-value heads, E head dimension, C width, A axes,
-N positions predicted, V vocabulary, O outputs and I inputs of a linear map.
+Shape suffixes: B batch, L sequence, S cached sequence, H heads, K key-value heads, E head dimension, C width, O outputs
+and I inputs of a linear map.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from t2i.config import ModelConfig
 from t2i.wavefronts import coordinates, order
@@ -60,7 +63,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        # With the weight in the same operation the normed values are not kept for the backward pass.
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
 
 
 def _rotations(config: ModelConfig, coords_L2: Tensor) -> Tensor:
@@ -92,14 +96,14 @@ def prefix_rotary_table(config: ModelConfig, length: int) -> Tensor:
     return table
 
 
-def rotate(x_BLHE: Tensor, table_LE2: Tensor) -> Tensor:
-    """Turn each (even, odd) pair of the head dimension by its position's angle."""
+def rotate_(x_BLHE: Tensor, table_LE2: Tensor) -> Tensor:
+    """Turn each (even, odd) pair of the head dimension by its position's angle, in place where that is possible."""
     if x_BLHE.dtype == torch.float32 and not torch.compiler.is_compiling():
         # As complex numbers it is one pass over the data, a third of the time on a processor; compilers and half
         # precision do not take them.
-        pairs_BLHe = torch.view_as_complex(x_BLHE.contiguous().unflatten(-1, (-1, 2)))
-        turned_BLHe = pairs_BLHe * torch.view_as_complex(table_LE2)[:, None]
-        return torch.view_as_real(turned_BLHe).flatten(-2)
+        pairs_BLHe = torch.view_as_complex(x_BLHE.unflatten(-1, (-1, 2)))
+        pairs_BLHe.mul_(torch.view_as_complex(table_LE2)[:, None])
+        return x_BLHE
     even, odd = x_BLHE.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table_LE2[:, None].to(x_BLHE.dtype).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
@@ -170,16 +174,34 @@ class Attention(nn.Module):
             cache: Where keys and values are kept; `block` is this block's number in it.
         """
         batch, length, _ = x_BLC.shape
+        qkv = self.wqkv(x_BLC).contiguous().unflatten(-1, (-1, self.head_dim))
         # Queries and keys lie side by side, and are turned in one go.
-        qk, v = self.wqkv(x_BLC).unflatten(-1, (-1, self.head_dim)).tensor_split([self.n_head + self.n_kv_head], dim=2)
+        qk, v = qkv[:, :, : self.n_head + self.n_kv_head], qkv[:, :, self.n_head + self.n_kv_head :]
         if table_LE2 is not None:
-            qk = rotate(qk, table_LE2)
-        q, k = qk.tensor_split([self.n_head], dim=2)
+            qk = rotate_(qk, table_LE2)
+        q, k = qk[:, :, : self.n_head], qk[:, :, self.n_head :]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(block, k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
         return self.dropout(self.wo(mixed.transpose(1, 2).reshape(batch, length, -1)))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, from which nothing is kept for the backward pass but the two."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        share = gate.sigmoid()
+        of_up = gradient * (gate * share)
+        return gradient * up * (share * (1 + gate * (1 - share))), of_up
 
 
 class FeedForward(nn.Module):
@@ -193,7 +215,8 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        hidden: Tensor = _SwiGLU.apply(self.w1(x), self.w3(x))
+        return self.dropout(self.w2(hidden))
 
 
 class Block(nn.Module):
@@ -216,54 +239,3 @@ class Block(nn.Module):
     ) -> Tensor:
         x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), table_LE2, mask, cache, block)
         return x_BLC + self.feed_forward(self.ffn_norm(x_BLC))
-
-
-CODE_COMPONENTS = 32  # principal components of the codes that heads start from
-CODE_SCALE = 4.0  # of the standard deviation of other weights
-
-
-def project_codes(codes_VD: Tensor, width: int, std: float) -> Tensor:
-    """Code vectors [V, D] to random vectors [V, width] of entries with that standard deviation, alike where the codes are.
-
-    Their first principal components, each scaled to the same spread, times a random matrix from the global generator. On
-    that scale what tells few codes apart, an outline, weighs as much as what tells many, a colour.
-    """
-    left_VK, _, _ = torch.linalg.svd(codes_VD - codes_VD.mean(0), full_matrices=False)
-    whitened_VK = left_VK[:, :CODE_COMPONENTS]
-    # Under ZeRO-3 what is made here comes in the engine's type and place.
-    projected = whitened_VK @ torch.randn(whitened_VK.shape[1], width).to(whitened_VK)
-    return projected * (std / projected.std())
-
-
-class AxisHeads(nn.Module):
-    """One prediction head per axis, each a norm and a linear map to the vocabulary, and their weighted mean.
-
-    Head a at position q predicts the token at q + e_a; a position's logits are the mean of the predictions made for it
-    (NAR, arXiv 2503.10696, section 3). The heads being linear, the mean is one matrix product over the weighted hidden
-    states side by side, and no head's own logits ever exist.
-
-    With `codes_VD`, the code vectors of the image tokenizer, every head starts from projections of them: what is learned
-    of one token then holds at once for those that look like it. Otherwise the last one, or all, start at zero.
-    """
-
-    def __init__(self, config: ModelConfig, codes_VD: Tensor | None = None) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(RMSNorm(config.width) for _ in range(config.n_axes))
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_axes, config.width))
-        nn.init.normal_(self.weight, std=config.init_std)
-        with torch.no_grad():
-            if codes_VD is not None:
-                assert len(codes_VD) == config.vocab_size, (len(codes_VD), config.vocab_size)
-                for axis in range(config.n_axes):
-                    self.weight[:, axis] = project_codes(codes_VD.float(), config.width, CODE_SCALE * config.init_std)
-            else:
-                self.weight[:, -1 if config.zero_init_heads == "last" else slice(None)] = 0
-
-    def forward(self, hidden: list[Tensor], weights_NA: Tensor) -> Tensor:
-        """Logits [B, N, V] from the predecessors' hidden states, one [B, N, C] per axis, and the weights of the mean."""
-        weighted = [
-            norm(h) * weights_NA[:, a : a + 1].to(h.dtype)
-            for a, (norm, h) in enumerate(zip(self.norms, hidden, strict=True))
-        ]
-        # The heads' rows lie side by side, so that this view costs nothing.
-        return product(torch.cat(weighted, dim=-1), self.weight.flatten(1))

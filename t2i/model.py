@@ -23,15 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i.config import ModelConfig
-from t2i.layers import (
-    AxisHeads,
-    Block,
-    Embedding,
-    KVCache,
-    Linear,
-    prefix_rotary_table,
-    rotary_table,
-)
+from t2i.heads import AxisHeads
+from t2i.layers import Block, Embedding, KVCache, Linear, prefix_rotary_table, rotary_table
 from t2i.wavefronts import attention_mask, head_weights, order, predecessors, rank, wavefront_sizes
 
 
@@ -70,6 +63,13 @@ def prefix_table(config: ModelConfig, length: int, device: torch.device) -> Tens
         return None
     with torch.inference_mode(False):
         return prefix_rotary_table(config, length).to(device)
+
+
+@cache
+def _attention_mask(config: ModelConfig, prefix: int, device: torch.device) -> Tensor:
+    """What of prefix and grid may attend to what, bool [L, L]; nothing is predicted from the last token."""
+    with torch.inference_mode(False):
+        return attention_mask(config.schedule, prefix)[:-1, :-1].to(device)
 
 
 class TextPrefix(nn.Module):
@@ -195,17 +195,22 @@ class NAR(nn.Module):
 
     # Training
 
-    def _mixed_logits(
-        self, tokens_BN: Tensor, condition: Tensor, mask: Tensor | None, unconditional_B: Tensor | None
+    def _predict(
+        self,
+        tokens_BN: Tensor,
+        condition: Tensor,
+        mask: Tensor | None,
+        unconditional_B: Tensor | None,
+        targets_BN: Tensor | None = None,
     ) -> Tensor:
-        """Logits of every position in wavefront order [B, N, V] from tokens in wavefront order."""
+        """Logits of every position [B, N, V], or their loss, from tokens in wavefront order."""
         prefix_BPC, real_BP = self._embed_prefix(condition, mask, unconditional_B)
         length = prefix_BPC.shape[1]
         # Nothing is predicted from the last token.
         x = torch.cat([prefix_BPC, self._embed(tokens_BN[:, :-1], slice(-1))], dim=1)
         x = self.token_dropout(x)
         fixed = tables(self.config, x.device)
-        allowed = attention_mask(self.config.schedule, length).to(x.device)[:-1, :-1]
+        allowed = _attention_mask(self.config, length, x.device)
         table = prefix_table(self.config, length, x.device)
         if table is not None and fixed.rotary_NE2 is not None:
             table = torch.cat([table, fixed.rotary_NE2[:-1]])
@@ -213,7 +218,9 @@ class NAR(nn.Module):
         itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         hidden = self._run(x, table, ((allowed & padding[:, None, :]) | itself)[:, None])
         places_NA = length + fixed.predecessors_NA
-        return self.heads([h[:, places_NA[:, a]] for a, h in enumerate(hidden)], fixed.head_weights_NA)
+        read = [h[:, places_NA[:, a]] for a, h in enumerate(hidden)]
+        predicted: Tensor = self.heads(read, fixed.head_weights_NA, targets_BN)
+        return predicted
 
     def forward(
         self,
@@ -231,14 +238,13 @@ class NAR(nn.Module):
                 2022, arXiv 2207.12598); None drops none.
         """
         tokens_BN = tokens.flatten(1)[:, tables(self.config, tokens.device).order_N]
-        logits = self._mixed_logits(tokens_BN, condition, condition_mask, unconditional_B)
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens_BN.flatten())
+        return self._predict(tokens_BN, condition, condition_mask, unconditional_B, tokens_BN)
 
     def logits(self, tokens_BN: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
         """Mixed logits of every position given the tokens before it: [B, N] row-major -> [B, N, V] row-major."""
         fixed = tables(self.config, tokens_BN.device)
         tokens_BN = tokens_BN.flatten(1)[:, fixed.order_N]
-        return self._mixed_logits(tokens_BN, condition, condition_mask, None)[:, fixed.rank_N]
+        return self._predict(tokens_BN, condition, condition_mask, None)[:, fixed.rank_N]
 
     # Decoding
 

@@ -275,7 +275,7 @@ class Trainer:
 
     def _report(self, window: "_Window", step: int) -> dict[str, float]:
         seconds, waited, losses = window.seconds(), window.waited(), window.losses
-        total, count = self.engine.sum_over_ranks([sum(losses), len(losses)])
+        total, count = self.engine.sum_over_ranks([float(torch.stack(losses).double().sum()), len(losses)])
         samples_per_s = len(losses) * self.engine.global_batch / seconds
         return {
             "step": step,
@@ -361,7 +361,7 @@ class _Window:
 
     def __init__(self, loader: BatchLoader[Any]) -> None:
         self._loader, self._begun, self._waited = loader, time.perf_counter(), loader.wait_seconds
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
 
     def seconds(self) -> float:
         return time.perf_counter() - self._begun

@@ -370,7 +370,7 @@ def test_what_happens_between_steps_is_left_out_of_the_rates(monkeypatch: pytest
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     window = _Window(SimpleNamespace(wait_seconds=0.0))  # type: ignore[arg-type]
-    window.losses.append(1.0)
+    window.losses.append(torch.tensor(1.0))
     now[0] += 2
     with window.paused():
         now[0] += 50

@@ -1,0 +1,74 @@
+"""The floor of a computation: its matrix products alone, at the shapes and strides it needs, one after the other.
+
+What is measured above it is everything that is not a product: norms, rotations, softmax, copies, drawing, Python.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+# Inference mode hands these on whole.
+_COMPOSED = {aten.matmul.default, aten.linear.default, aten.scaled_dot_product_attention.default}
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+_ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu.default}
+_ATTENTION_BACKWARD = {aten._scaled_dot_product_flash_attention_for_cpu_backward.default}
+
+Product = tuple[Tensor, Tensor]
+
+
+class Products(TorchDispatchMode):
+    """Records the matrix products of what runs inside, and repeats them.
+
+    Operands that are parameters (given as `parameters`) are kept as they are, so that they come from memory as in the
+    run; all others are replaced by random ones of the same shape and strides, one for all of a kind.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__()
+        self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
+        self._stand_ins: dict[tuple[Any, ...], Tensor] = {}
+        self.products: list[Product] = []
+
+    @torch.no_grad()
+    def _operand(self, tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() in self._parameters:
+            return tensor.detach()
+        key = (tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in self._stand_ins:
+            stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            self._stand_ins[key] = stand_in.normal_()
+        return self._stand_ins[key]
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _COMPOSED:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            self.products.append((self._operand(args[-2]), self._operand(args[-1])))
+        elif func in _ATTENTION:
+            q, k, v = (self._operand(t) for t in args[:3])
+            weights = self._operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
+            self.products += [(q, k.mT), (weights, v)]
+        elif func in _ATTENTION_BACKWARD:
+            gradient, q, k, v = (self._operand(t) for t in args[:4])
+            weights = self._operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
+            # The weights anew, then the gradients of v, weights, q and k.
+            self.products += [(q, k.mT), (weights.mT, gradient), (gradient, v.mT), (weights, k), (weights.mT, q)]
+        return func(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def repeat(self) -> None:
+        """Compute all products once."""
+        for left, right in self.products:
+            torch.matmul(left, right)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, two for each multiply-add."""
+        return sum(2 * left.numel() * right.shape[-1] for left, right in self.products)
