@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 # Inference mode hands these on whole.
 _COMPOSED = {aten.matmul.default, aten.linear.default, aten.scaled_dot_product_attention.default}
-_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+_PRODUCTS = {
+    aten.mm.default, aten.mm.out, aten.addmm.default, aten.addmm_.default, aten.bmm.default, aten.baddbmm.default
+}  # fmt: skip
 _ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu.default}
 _ATTENTION_BACKWARD = {aten._scaled_dot_product_flash_attention_for_cpu_backward.default}
 
@@ -37,6 +39,8 @@ class Products(TorchDispatchMode):
     def _operand(self, tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() in self._parameters:
             return tensor.detach()
+        if 0 in tensor.stride():  # one number stands for many, as in the gradient of a sum
+            tensor = tensor.contiguous()
         key = (tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._stand_ins:
             stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
