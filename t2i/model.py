@@ -89,15 +89,16 @@ class TextPrefix(nn.Module):
 
     def forward(
         self, states_BPX: Tensor, mask_BP: Tensor | None, unconditional_B: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Prefix embeddings [B, P, C] and their mask [B, P]; where `unconditional_B`, those of no caption.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Prefix embeddings [B, P, C] and their mask [B, P], or None where all are real; where `unconditional_B`, those
+        of no caption.
 
         P grows to `uncond_tokens` if any sample could be unconditional and the captions are shorter.
         """
         batch, length, _ = states_BPX.shape
-        if mask_BP is None:
-            mask_BP = states_BPX.new_ones(batch, length, dtype=torch.bool)
         if unconditional_B is not None:
+            if mask_BP is None:
+                mask_BP = states_BPX.new_ones(batch, length, dtype=torch.bool)
             tokens = self.config.uncond_tokens
             if self.config.uncond_mask == "caption":  # as many of its last positions as captions are long
                 uncond_PX, uncond_mask = self.uncond[tokens - length :], mask_BP
@@ -119,12 +120,11 @@ class ClassPrefix(nn.Module):
         self.num_classes = config.num_classes
         self.embedding = Embedding(config.num_classes + 1, config.width, config.init_std)
 
-    def forward(
-        self, labels_B: Tensor, mask_BP: Tensor | None, unconditional_B: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, labels_B: Tensor, mask_BP: Tensor | None, unconditional_B: Tensor | None) -> tuple[Tensor, None]:
+        """Prefix embeddings [B, 1, C], all real; where `unconditional_B`, that of no class."""
         if unconditional_B is not None:
             labels_B = torch.where(unconditional_B, self.num_classes, labels_B)
-        return self.embedding(labels_B)[:, None], torch.ones_like(labels_B, dtype=torch.bool)[:, None]
+        return self.embedding(labels_B)[:, None], None
 
 
 class NAR(nn.Module):
@@ -171,12 +171,14 @@ class NAR(nn.Module):
         return hidden[::-1]
 
     @staticmethod
-    def _prefix_mask(real_BP: Tensor) -> Tensor:
-        """Attention within the prefix, bool [B, 1, P, P]: causal, real positions only, padding only to itself."""
-        length = real_BP.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=real_BP.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=real_BP.device)
-        return ((causal & real_BP[:, None, :]) | itself)[:, None]
+    def _mask(allowed_LL: Tensor, real_BP: Tensor | None) -> Tensor:
+        """What may attend to what, bool [B, 1, L, L], or one for all samples where nothing is padded: as `allowed_LL`, but
+        real positions only, and padding only to itself."""
+        if real_BP is None:
+            return allowed_LL[None, None]
+        columns_BL = F.pad(real_BP, (0, len(allowed_LL) - real_BP.shape[1]), value=True)
+        itself = torch.eye(len(allowed_LL), dtype=torch.bool, device=allowed_LL.device)
+        return ((allowed_LL & columns_BL[:, None, :]) | itself)[:, None]
 
     def _embed(self, tokens_Bn: Tensor, places: slice | Tensor) -> Tensor:
         """Embeddings of tokens that stand at these places of the wavefront order."""
@@ -187,7 +189,7 @@ class NAR(nn.Module):
 
     def _embed_prefix(
         self, condition: Tensor, mask: Tensor | None, unconditional_B: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         prefix_BPC, real_BP = self.prefix(condition, mask, unconditional_B)
         if self.config.positions == "learned":  # aligned at the end, where the real tokens are
             prefix_BPC = prefix_BPC + self.positions[self.config.prefix - prefix_BPC.shape[1] : self.config.prefix]
@@ -214,9 +216,7 @@ class NAR(nn.Module):
         table = prefix_table(self.config, length, x.device)
         if table is not None and fixed.rotary_NE2 is not None:
             table = torch.cat([table, fixed.rotary_NE2[:-1]])
-        padding = F.pad(real_BP, (0, x.shape[1] - length), value=True)
-        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        hidden = self._run(x, table, ((allowed & padding[:, None, :]) | itself)[:, None])
+        hidden = self._run(x, table, self._mask(allowed, real_BP))
         places_NA = length + fixed.predecessors_NA
         read = [h[:, places_NA[:, a]] for a, h in enumerate(hidden)]
         predicted: Tensor = self.heads(read, fixed.head_weights_NA, targets_BN)
@@ -256,9 +256,10 @@ class NAR(nn.Module):
         batch, length, _ = prefix_BPC.shape
         cache = KVCache(self.config, batch, length, prefix_BPC.device, prefix_BPC.dtype)
         table = prefix_table(self.config, length, prefix_BPC.device)
-        hidden = self._run(prefix_BPC, table, self._prefix_mask(real_BP), cache)
+        causal = torch.ones(length, length, dtype=torch.bool, device=prefix_BPC.device).tril()
+        hidden = self._run(prefix_BPC, table, self._mask(causal, real_BP), cache)
         logits = self.heads([h[:, -1:] for h in hidden], tables(self.config, condition.device).head_weights_NA[:1])
-        return logits, cache, real_BP
+        return logits, cache, prefix_BPC.new_ones(batch, length, dtype=torch.bool) if real_BP is None else real_BP
 
     def _prefill_unconditional(self, condition: Tensor, mask: Tensor | None) -> tuple[Tensor, KVCache, Tensor]:
         """Run the prefix of no condition: a single one where it is the same for all samples."""
