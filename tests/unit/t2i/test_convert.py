@@ -159,6 +159,34 @@ def test_any_missing_or_misshapen_key_is_named(reference: Callable[[str], Any], 
         assert f"{key} is {shape}, expected " in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("tok_embeddings.weight", r"tok_embeddings\.weight is \(95, 64\), expected \(96, 64\)"),
+        ("medusa_output.weight", r"medusa_output\.weight is \(95, 64\), expected \(96, 64\)"),
+        ("layers.0.attention.wqkv.weight", r"layers\.0\.attention\.wqkv\.weight is \(191, 64\), expected \(192, 64\)"),
+        ("layers.2.feed_forward.w1.weight", r"layers\.2\.feed_forward\.w1\.weight is \(255, 64\), expected \(256, 64\)"),
+        ("cls_embedding.cap_proj.fc1.weight", r"cls_embedding\.cap_proj\.fc1\.weight is \(63, 24\), expected \(64, 24\)"),
+    ],
+)  # fmt: skip
+def test_one_key_that_differs_from_all_others_is_the_one_that_is_named(
+    reference: Callable[[str], Any], key: str, message: str
+) -> None:
+    weights = reference("nar_t2i").weights
+    weights[key] = weights[key][:-1]
+    with pytest.raises(ValueError, match=rf"^published weights do not fit: {message}$"):
+        load_official_nar(weights, grid=(5, 5), n_head=4)
+
+
+def test_blocks_that_are_missing_altogether_are_named(reference: Callable[[str], Any]) -> None:
+    weights = reference("nar_c2i").weights
+    first = {key: t for key, t in weights.items() if not key.startswith(("layers.1.", "layers.2."))}
+    with pytest.raises(ValueError, match=r"missing layers\.1\.attention\.wqkv\.weight"):
+        load_official_nar(first, grid=(4, 4), n_head=4)
+    with pytest.raises(ValueError, match=r"not the weights of a NAR model: no layers"):
+        load_official_nar({key: t for key, t in first.items() if "layers" not in key}, grid=(4, 4), n_head=4)
+
+
 def test_tables_and_caches_that_published_files_carry_are_no_weights(reference: Callable[[str], Any]) -> None:
     weights = reference("nar_t2i").weights
     carried = ("freqs_cis", "causal_mask", "diagonal_mask")
