@@ -165,6 +165,53 @@ def export(
     print(f"step {pipe.provenance.step} of {pipe.provenance.recipe} exported to {out}")
 
 
+@app.command(name="convert")
+def convert(
+    checkpoint: Positional[Path],
+    out: Path,
+    kind: Literal["nar", "raster", "warm-start"] = "nar",
+    grid: tuple[int, ...] | None = None,
+    n_head: int | None = None,
+    n_kv_head: int | None = None,
+    vq: str | None = None,
+    text_encoder: str | None = None,
+    guidance_scale: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> None:
+    """Make an export of published NAR or LlamaGen weights, which `t2i sample` and `from_pretrained` open.
+
+    Args:
+        checkpoint: File of weights (.pt, .pth, .bin, .ckpt or .safetensors); no code in it is run.
+        out: Folder for the export.
+        kind: What the weights are: of a NAR model, or of a raster one (LlamaGen). "warm-start" makes of raster weights a NAR
+            model to be trained further.
+        grid: Tokens along each axis; 16 16 for images and 4 16 16 for video when not given.
+        n_head: Attention heads; those of the published model of that width when not given.
+        n_kv_head: Grouped key-value heads; as many as heads when not given.
+        vq: File of published VQ weights, a tokenizer's folder, or "shapes"; without one the export gives tokens and no
+            pictures.
+        text_encoder: T5 encoder of a text model: a folder or a hub name; google/flan-t5-xl when not given.
+        guidance_scale: Guidance of the export; the published 7.5 for text, 2 for classes and 1.25 for video when not given.
+        temperature: Of the export; 0 takes the likeliest token.
+        top_k: Of the export: keep the k likeliest tokens; 0 keeps all.
+        top_p: Of the export: keep the likeliest tokens up to this probability mass.
+    """
+    from t2i.convert_files import convert
+
+    pipe = convert(
+        checkpoint, out, kind=kind, grid=grid, n_head=n_head, n_kv_head=n_kv_head, vq=vq, text_encoder=text_encoder,
+        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
+    )  # fmt: skip
+    config = pipe.model.config
+    print(
+        f"{'raster' if config.order == 'raster' else 'NAR'} model of {sum(p.numel() for p in pipe.model.parameters()):,} "
+        f"parameters, condition {config.condition}, grid {'x'.join(map(str, config.grid))}, {config.n_head} heads, "
+        f"guidance {pipe.sample.guidance_scale:g}, {'no' if pipe.vq is None else 'with'} tokenizer: exported to {out}"
+    )
+
+
 @app.command(name="sample")
 def sample(
     folder: Positional[Path],

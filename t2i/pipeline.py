@@ -3,7 +3,8 @@
     pipe = TextToImagePipeline.from_pretrained("exports/shapes-tiny")
     images = pipe(["a photo of a red circle", "a photo of two stars"], seed=0)
 
-Reads what `t2i export` writes; needs torch, transformers and safetensors, and neither DeepSpeed nor the training code.
+Reads what `t2i export` and `t2i convert` write; needs torch, transformers and safetensors, and neither DeepSpeed nor the
+training code.
 """
 
 import json
@@ -49,6 +50,8 @@ class ExportDescription:
     image_size: int
     sample: SampleConfig
     model: ModelConfig
+    tokenizer: bool = True
+    """Whether it has an image tokenizer; without one it gives tokens and no pictures."""
 
 
 def read_description(folder: Path) -> ExportDescription:
@@ -71,21 +74,25 @@ def _no_export(folder: Path, reason: str) -> ValueError:
 
 
 class TextToImagePipeline:
-    """Text encoder (for text models), NAR model and image tokenizer, ready to draw."""
+    """Text encoder (for text models), NAR model and image tokenizer, ready to draw.
+
+    Without a tokenizer, `vq` None, it gives token grids (`tokens`), and no pictures.
+    """
 
     def __init__(
         self,
         model: NAR,
-        vq: VQModel,
+        vq: VQModel | None,
         text_encoder: TextEncoder | None,
         sample: SampleConfig,
         image_size: int,
         provenance: Provenance,
     ) -> None:
         assert (text_encoder is None) == (model.config.condition == "class")
-        self.model, self.vq, self.text_encoder = model.eval(), vq.eval(), text_encoder
-        if text_encoder is not None:
-            text_encoder.eval()
+        self.model, self.vq, self.text_encoder = model.eval(), vq, text_encoder
+        for module in (vq, text_encoder):
+            if module is not None:
+                module.eval()
         self.sample, self.image_size, self.provenance = sample, image_size, provenance
 
     @property
@@ -122,8 +129,30 @@ class TextToImagePipeline:
             batch_size: Pictures drawn at once, at most.
             progress: Show a bar over wavefronts.
 
-        Raises ValueError for prompts of the wrong kind, class numbers that do not exist, and options out of range.
+        Raises ValueError for prompts of the wrong kind, class numbers that do not exist, options out of range, and where
+        there is no tokenizer.
         """
+        self.tokenizer()  # before anything is drawn in vain
+        tokens = self.tokens(
+            prompts, seed, seeds=seeds, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        return [Image.fromarray(pixels) for part in tokens.split(batch_size) for pixels in self.decode(part)]
+
+    def tokens(
+        self,
+        prompts: Prompts,
+        seed: int | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw one token grid per prompt, int64 [B, *grid]. Arguments and errors as of a call, but needs no tokenizer."""
         items: list[str | int] = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if not items:
             raise ValueError("no prompts; give at least one")
@@ -136,13 +165,13 @@ class TextToImagePipeline:
         if seeds is not None and len(seeds) != len(items):
             raise ValueError(f"{len(seeds)} seeds for {len(items)} prompts; give one for each")
         starts = range(0, len(items), batch_size)
-        images: list[Image.Image] = []
+        drawn: list[Tensor] = []
         total = len(wavefront_sizes(self.model.config.schedule)) * len(starts)
         with tqdm(total=total, desc="decode", unit="wavefront", disable=not progress) as bar:
             for start in starts:
                 part = slice(start, start + batch_size)
                 condition, mask = self._condition(items[part])
-                tokens = generate(
+                grids = generate(
                     self.model,
                     condition,
                     mask,
@@ -153,8 +182,17 @@ class TextToImagePipeline:
                     seeds=None if seeds is None else seeds[part],
                     callback=_advance(bar) if progress else None,
                 )
-                images += [Image.fromarray(pixels) for pixels in self.decode(tokens)]
-        return images
+                drawn.append(grids)
+        return torch.cat(drawn)
+
+    def tokenizer(self) -> VQModel:
+        """The image tokenizer. Raises ValueError where there is none."""
+        if self.vq is None:
+            raise ValueError(
+                f"this export of {self.provenance.recipe} has no image tokenizer: it gives tokens (the pipeline's `tokens`) "
+                "and no pictures; make it again with `t2i convert ... --vq TOKENIZER`"
+            )
+        return self.vq
 
     def _condition(self, items: list[str | int]) -> tuple[Tensor, Tensor | None]:
         if self.text_encoder is None:
@@ -178,12 +216,12 @@ class TextToImagePipeline:
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Pictures of token grids: int64 [B, h, w] -> uint8 [B, H, W, 3]."""
-        return tensor_to_images(self.vq.decode(tokens))
+        return tensor_to_images(self.tokenizer().decode(tokens))
 
     @torch.inference_mode()
     def encode_decode(self, images: np.ndarray) -> np.ndarray:
         """What the tokenizer makes of pictures: uint8 [B, H, W, 3] -> the same."""
-        return self.decode(self.vq.encode(images_to_tensor(images).to(self.device)))
+        return self.decode(self.tokenizer().encode(images_to_tensor(images).to(self.device)))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write everything to one folder: JSON, safetensors and the vocabulary; `config.json` last."""
@@ -192,7 +230,8 @@ class TextToImagePipeline:
         remove_leftovers(folder)
         # An export that is written over is none until it is whole again.
         (folder / "config.json").unlink(missing_ok=True)
-        self.vq.save(folder / "tokenizer")
+        if self.vq is not None:
+            self.vq.save(folder / "tokenizer")
         if self.text_encoder is not None:
             self.text_encoder.save_pretrained(folder / "text_encoder")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
@@ -203,6 +242,7 @@ class TextToImagePipeline:
             "image_size": self.image_size,
             "sample": json.loads(to_json(self.sample)),
             "model": json.loads(to_json(self.model.config)),
+            "tokenizer": self.vq is not None,
         }
         write_bytes(folder / "config.json", json.dumps(description, indent=2).encode())
 
@@ -218,7 +258,7 @@ class TextToImagePipeline:
         load_weights(model, folder / "model.safetensors", "config.json")
         pipe = cls(
             model,
-            VQModel.from_folder(folder / "tokenizer"),
+            VQModel.from_folder(folder / "tokenizer") if described.tokenizer else None,
             TextEncoder.from_pretrained(folder / "text_encoder") if described.model.condition == "text" else None,
             described.sample,
             described.image_size,

@@ -319,26 +319,25 @@ def load_official_vq(state_dict: Mapping[str, Tensor]) -> VQModel:
     Raises ValueError that lists every missing, unexpected or misshapen key.
     """
     weights = {k: v for k, v in state_dict.items() if k != "quantize.codebook_used"}  # a training statistic
-    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight")
-    missing = [key for key in needed if key not in weights]
-    if missing:
-        raise ValueError(f"not the weights of a VQ tokenizer: no {', '.join(missing)}")
     levels: dict[int, int] = {}
     blocks = set()
     for key in weights:
         if match := re.fullmatch(r"encoder\.conv_blocks\.(\d+)\.res\.(\d+)\.conv1\.weight", key):
-            levels[int(match[1])] = weights[key].shape[0]
+            levels[int(match[1])] = _size(weights, (key, 0))
             blocks.add(int(match[2]))
-    base = weights["encoder.conv_in.weight"].shape[0]
-    codebook_size, codebook_dim = weights["quantize.embedding.weight"].shape
+    if not levels:
+        first = ", ".join(list(weights)[:5])
+        raise ValueError(f"not the weights of a VQ tokenizer: no encoder.conv_blocks; the first keys are {first}")
+    # Where a key is missing or misshapen another one tells as much, so that all that is wrong is found in one go.
+    base = _size(weights, ("encoder.conv_in.weight", 0), ("encoder.conv_blocks.0.res.0.conv1.weight", 1))
     model = VQModel(
         VQConfig(
             base_channels=base,
-            channel_multipliers=tuple(levels[i] // base for i in sorted(levels)),
+            channel_multipliers=tuple(max(1, levels[i] // base) for i in sorted(levels)),
             n_res_blocks=len(blocks),
-            z_channels=weights["encoder.conv_out.weight"].shape[0],
-            codebook_size=codebook_size,
-            codebook_dim=codebook_dim,
+            z_channels=_size(weights, ("encoder.conv_out.weight", 0), ("quant_conv.weight", 1)),
+            codebook_size=_size(weights, ("quantize.embedding.weight", 0)),
+            codebook_dim=_size(weights, ("quantize.embedding.weight", 1), ("quant_conv.weight", 0)),
         )
     )
     own = model.state_dict()
@@ -353,3 +352,9 @@ def load_official_vq(state_dict: Mapping[str, Tensor]) -> VQModel:
         raise ValueError("published tokenizer weights do not fit: " + "; ".join(problems))
     model.load_state_dict({k: v.float() for k, v in weights.items()})
     return model.eval()
+
+
+def _size(weights: Mapping[str, Tensor], *places: tuple[str, int]) -> int:
+    """Size of the first of several axes, each a key and a number, that is there; 1 where none is."""
+    found = [weights[key].shape[axis] for key, axis in places if key in weights and weights[key].ndim > axis]
+    return max(1, found[0]) if found else 1

@@ -87,6 +87,8 @@ def _check(export: _Export, judge: str, images_per_prompt: int, batch_size: int)
         raise ValueError(f"images per prompt ({images_per_prompt}) and batch size ({batch_size}) must be at least 1")
     if export.description.model.condition != "text":
         raise ValueError(f"{export.folder} draws classes, not captions; GenEval needs a text-to-image export")
+    if not export.description.tokenizer:
+        raise ValueError(f"{export.folder} has no image tokenizer and draws no pictures; make it again with one")
     size = export.description.image_size
     if judge == "shapes" and size != shapes.IMAGE_SIZE:
         raise ValueError(

@@ -20,6 +20,7 @@ COMMANDS = {
     "tokenizer train": "--unquantized-steps",
     "encode": "--image-size",
     "export": "--step",
+    "convert": "--n-kv-head",
     "sample": "--guidance-scale",
     "geneval": "run",
     "geneval run": "--images-per-prompt",
@@ -58,7 +59,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("data", "tokenizer", "encode", "export", "sample", "geneval"):
+    for command in ("data", "tokenizer", "encode", "export", "convert", "sample", "geneval"):
         assert command in done.stdout
 
 
@@ -74,6 +75,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
         (["encode", "OUT", "--out", "OUT/encoded", "--image-size", "60"], "do not divide into tokens"),
         (["encode", "OUT", "--out", "OUT/encoded", "--image-size", "64"], "has no manifest.json"),
         (["export", "OUT", "--out", "OUT/export"], "has no whole checkpoint"),
+        (["convert", "OUT/a.pt", "--out", "OUT/export"], "is no file; give a file of weights"),
         (["sample", "OUT", "a star"], "is no export"),
         (["sample", "OUT", "a star", "--images", "0"], "0 images of each"),
         (["geneval", "run", "OUT"], "is no export"),
@@ -137,7 +139,9 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["encode"], ["sample"], ["data", "shapes"], ["nothing"], ["export", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments", [["encode"], ["sample"], ["data", "shapes"], ["nothing"], ["export", "a", "b"], ["convert", "a.pt"]]
+)
 def test_wrong_usage_exits_with_2(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,6 +92,27 @@ def test_saving_and_loading_gives_the_same_pixels(kind: str, request: pytest.Fix
         assert not path.name.endswith(".partial")
 
 
+def test_tokens_are_those_that_a_call_makes_pictures_of(pipe: TextToImagePipeline) -> None:
+    tokens = pipe.tokens(PROMPTS, seed=5, batch_size=1)
+    assert (tokens.dtype, tokens.shape) == (torch.int64, (2, 4, 4))
+    np.testing.assert_array_equal(pipe.decode(tokens), pixels(pipe(PROMPTS, seed=5)))
+    assert torch.equal(tokens[1:], pipe.tokens(PROMPTS[1], seeds=[6]))
+
+
+def test_a_pipeline_without_a_tokenizer_draws_tokens_alone(class_pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    bare = TextToImagePipeline(class_pipe.model, None, None, SAMPLE, 8, Provenance("nar.pt", 3))
+    bare.save_pretrained(tmp_path)
+    loaded = TextToImagePipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.tokens([0, 3], seed=0), class_pipe.tokens([0, 3], seed=0))
+
+    def drawn(*_: object) -> None:
+        raise AssertionError("drawn in vain")
+
+    loaded.tokens = drawn  # type: ignore[method-assign,assignment]
+    with pytest.raises(ValueError, match=r"nar\.pt has no image tokenizer: it gives tokens .* --vq TOKENIZER`$"):
+        loaded([0, 3])
+
+
 def test_a_class_model_draws_numbers(class_pipe: TextToImagePipeline) -> None:
     np.testing.assert_array_equal(pixels(class_pipe(2, seed=0)), pixels(class_pipe([2], seed=0)))
 
@@ -174,6 +196,7 @@ def with_an_unknown_field(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "is no export: it has no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "is no export: it has no model.safetensors"),
         (lambda folder: (folder / "tokenizer" / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer has no config.json"),
         (lambda folder: (folder / "text_encoder" / "spiece.model").unlink(), "lacks vocabulary"),
         (without_format, "has export format 99 and this version reads 2; export it again"),
         (without_a_weight, r"missing tokens.weight; unexpected other"),

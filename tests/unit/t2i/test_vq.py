@@ -80,8 +80,54 @@ def test_every_published_key_that_does_not_fit_is_listed(reference: Callable[[st
     assert "codebook_used" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        VQConfig(32, (1, 2, 2, 4), 1, z_channels=48, codebook_size=7, codebook_dim=3),
+        VQConfig(64, (2, 1), 3, z_channels=32, codebook_size=300, codebook_dim=64),
+        VQConfig(32, (3,), 2, z_channels=32, codebook_size=1, codebook_dim=1),
+    ],
+)
+def test_every_size_of_published_weights_is_read_off_their_shapes(config: VQConfig) -> None:
+    torch.manual_seed(0)
+    vq = VQModel(config).eval()
+    loaded = load_official_vq({key: tensor.half() for key, tensor in vq.state_dict().items()})
+    assert loaded.config == config
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, vq.state_dict()[key].half().float())
+
+
+def test_any_missing_or_misshapen_published_key_is_named(reference: Callable[[str], Any]) -> None:
+    weights = reference("vq").weights
+    outside = ("encoder.conv_in", "encoder.conv_out", "quantize", "quant_conv", "post_quant_conv", "decoder.conv_out")
+    for key in weights:
+        if not key.startswith((*outside, "encoder.conv_blocks.1.res.0.conv1", "decoder.mid.1.q")):
+            continue
+        rest = {other: t for other, t in weights.items() if other != key}
+        with pytest.raises(ValueError, match=f"missing {key}"):
+            load_official_vq(rest)
+        with pytest.raises(ValueError, match=rf"{key} is \(\), expected \("):
+            load_official_vq(rest | {key: torch.zeros(())})
+
+
+def test_what_decides_the_sizes_may_be_missing_beside_others(reference: Callable[[str], Any]) -> None:
+    weights = reference("vq").weights
+    gone = (
+        "encoder.conv_in.weight",
+        "encoder.conv_out.weight",
+        "quantize.embedding.weight",
+        "decoder.mid.0.norm1.bias",
+    )
+    for key in gone:
+        del weights[key]
+    with pytest.raises(ValueError, match="do not fit") as error:
+        load_official_vq(weights)
+    listed = str(error.value).removeprefix("published tokenizer weights do not fit: ").split("; ")
+    assert sorted(listed) == sorted(f"missing {key}" for key in gone)
+
+
 def test_weights_of_something_else_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"not the weights of a VQ tokenizer: no encoder.conv_in.weight"):
+    with pytest.raises(ValueError, match=r"not the weights of a VQ tokenizer: no encoder.conv_blocks; .* conv.weight"):
         load_official_vq({"conv.weight": torch.zeros(1)})
 
 
