@@ -1,7 +1,10 @@
-"""Pictures from a finished model: one folder in, PIL images out.
+"""Pictures or clips from a finished model: one folder in, PIL images out.
 
     pipe = TextToImagePipeline.from_pretrained("exports/shapes-tiny")
     images = pipe(["a photo of a red circle", "a photo of two stars"], seed=0)
+
+    pipe = TextToImagePipeline.from_pretrained("exports/shapes-clips")
+    clips = pipe.clips([3, 17], seed=0)  # a list of frames for each class
 
 Reads what `t2i export` writes; needs torch, transformers and safetensors, and neither DeepSpeed nor the training code.
 """
@@ -10,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -31,6 +34,18 @@ from t2i.wavefronts import wavefront_sizes
 
 FORMAT = 1
 Prompts = str | int | Sequence[str] | Sequence[int]
+
+
+class DrawOptions(TypedDict, total=False):
+    """Options of drawing; see `TextToImagePipeline.__call__`."""
+
+    seeds: Sequence[int] | None
+    guidance_scale: float | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    batch_size: int
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,38 @@ class TextToImagePipeline:
                 module.to(device)
         return self
 
-    def __call__(
+    @property
+    def draws_clips(self) -> bool:
+        """Whether this is a video model, which draws with `clips`; one that draws pictures is called."""
+        return len(self.model.config.grid) == 3
+
+    def __call__(self, prompts: Prompts, seed: int | None = None, **options: Unpack[DrawOptions]) -> list[Image.Image]:
+        """Draw one picture per prompt.
+
+        Args:
+            prompts: A caption or several; for a class-conditional model, class numbers.
+            seed: The n-th picture is drawn with seed + n; the same seed and prompt give the same pixels.
+            seeds: One for each prompt instead.
+            guidance_scale, temperature, top_k, top_p: What the export was made with, unless given.
+            batch_size: Pictures drawn at once, at most.
+            progress: Show a bar over wavefronts.
+
+        Raises ValueError for prompts of the wrong kind, class numbers that do not exist, options out of range, and a model
+        that draws clips.
+        """
+        if self.draws_clips:
+            raise ValueError("this model draws clips, not pictures; call its method `clips`")
+        return [Image.fromarray(pixels) for pixels in self._draw(prompts, seed, **options)]
+
+    def clips(
+        self, prompts: Prompts, seed: int | None = None, **options: Unpack[DrawOptions]
+    ) -> list[list[Image.Image]]:
+        """Draw one clip per prompt, a list of frames. Arguments and errors as of a call, with clips for pictures."""
+        if not self.draws_clips:
+            raise ValueError("this model draws pictures, not clips; call it instead of its method `clips`")
+        return [[Image.fromarray(frame) for frame in frames] for frames in self._draw(prompts, seed, **options)]
+
+    def _draw(
         self,
         prompts: Prompts,
         seed: int | None = None,
@@ -111,19 +157,8 @@ class TextToImagePipeline:
         top_p: float | None = None,
         batch_size: int = 64,
         progress: bool = False,
-    ) -> list[Image.Image]:
-        """Draw one picture per prompt.
-
-        Args:
-            prompts: A caption or several; for a class-conditional model, class numbers.
-            seed: The n-th picture is drawn with seed + n; the same seed and prompt give the same pixels.
-            seeds: One for each prompt instead.
-            guidance_scale, temperature, top_k, top_p: What the export was made with, unless given.
-            batch_size: Pictures drawn at once, at most.
-            progress: Show a bar over wavefronts.
-
-        Raises ValueError for prompts of the wrong kind, class numbers that do not exist, and options out of range.
-        """
+    ) -> list[np.ndarray]:
+        """Pictures uint8 [H, W, 3] or clips [t, H, W, 3], one per prompt; see `__call__`."""
         items: list[str | int] = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if not items:
             raise ValueError("no prompts; give at least one")
@@ -136,7 +171,7 @@ class TextToImagePipeline:
         if seeds is not None and len(seeds) != len(items):
             raise ValueError(f"{len(seeds)} seeds for {len(items)} prompts; give one for each")
         starts = range(0, len(items), batch_size)
-        images: list[Image.Image] = []
+        drawn: list[np.ndarray] = []
         total = len(wavefront_sizes(self.model.config.grid)) * len(starts)
         with tqdm(total=total, desc="decode", unit="wavefront", disable=not progress) as bar:
             for start in starts:
@@ -153,8 +188,8 @@ class TextToImagePipeline:
                     seeds=None if seeds is None else seeds[part],
                     callback=_advance(bar) if progress else None,
                 )
-                images += [Image.fromarray(pixels) for pixels in self.decode(tokens)]
-        return images
+                drawn += list(self.decode(tokens))
+        return drawn
 
     def _condition(self, items: list[str | int]) -> tuple[Tensor, Tensor | None]:
         if self.text_encoder is None:
@@ -177,7 +212,9 @@ class TextToImagePipeline:
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> np.ndarray:
-        """Pictures of token grids: int64 [B, h, w] -> uint8 [B, H, W, 3]."""
+        """Pictures of token grids, int64 [B, h, w] -> uint8 [B, H, W, 3]; of clips, [B, t, h, w] -> [B, t, H, W, 3]."""
+        if tokens.ndim == 4:  # each frame by itself, and one of all clips at a time, which takes the memory of pictures
+            return np.stack([self.decode(frame_Bhw) for frame_Bhw in tokens.unbind(1)], axis=1)
         return tensor_to_images(self.vq.decode(tokens))
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.index import build_index
-from data_pipeline.shapes import write_shards
+from data_pipeline.shapes_set import write_shards
 from t2i.encoding import encode
 
 # Times of single examples say little on a busy machine.

@@ -171,6 +171,6 @@ def test_ctrl_c_is_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipeline.shapes.write_shards", interrupted)
+    monkeypatch.setattr("data_pipeline.shapes_set.write_shards", interrupted)
     assert call(monkeypatch, "data", "shapes", "--out", tmp_path / "set") == 130
     assert capsys.readouterr().err == "interrupted; nothing half written will be used, run the same command again\n"
