@@ -165,8 +165,9 @@ def shapes_classes() -> Recipe:
 def shapes_clips() -> Recipe:
     """A video model of the embedded data set's clips of four frames, in minutes on one core.
 
-    Positions, conditions and guidance as in the paper's video models (`nar_video`); only the heads start from the codebook, as
-    in the other shapes recipes.
+    Positions, conditions and guidance as in the paper's video models (`nar_video`). The heads start from the codebook, as in
+    the other shapes recipes, with which `zero_init_heads` has no say: after 60 steps the loss is 1.6 nats a token, and 4.0
+    where all heads start at zero as published.
     """
     classes = shapes_classes()
     eight = tuple(str(clip_class(shape, direction)) for shape in ("heart", "star") for direction in DIRECTIONS)
@@ -177,7 +178,7 @@ def shapes_clips() -> Recipe:
             classes.model, grid=(4, 8, 8), positions="learned", num_classes=CLASSES, zero_init_heads="all",
         ),
         data=replace(classes.data, path=Path("data/shapes-clips-encoded")),
-        train=replace(classes.train, steps=1000, sample_prompts=eight),
+        train=replace(classes.train, steps=560, sample_every=280, save_every=280, sample_prompts=eight),
         sample=replace(VIDEO_SAMPLE, temperature=classes.sample.temperature),
         run_dir=Path("runs/shapes-clips"),
     )  # fmt: skip

@@ -71,6 +71,8 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
         save_all=True,
         append_images=[Image.new("RGB", (32, 32))],
     )
+    cut_animation = animation[:-20] + bytes(20)
+    assert open_rgb(cut_animation).size == (32, 32)
     long_caption = "wörter " * 1428 + "ende"
     assert len(long_caption) == 10_000
     caption = ("txt", b"a caption")
@@ -85,6 +87,7 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
         ("from-json", [("jpeg", picture(kind="JPEG")), ("json", b'{"caption": "said in json"}')], None),
         ("byte-order-mark", [("png", good), ("txt", b"\xef\xbb\xbfmarked")], None),
         ("cut-picture", [("png", good[: len(good) // 2]), caption], "undecodable_image"),
+        ("cut-animation", [("webp", cut_animation), caption], "undecodable_image"),
         ("no-bytes", [("png", b""), caption], "undecodable_image"),
         ("gif", [("png", encoded(Image.new("RGB", (32, 32)), "GIF")), caption], "undecodable_image"),
         ("one-pixel", [("png", encoded(Image.new("RGB", (1, 1)), "PNG")), caption], "too_small_image"),
