@@ -42,12 +42,12 @@ def open_frames(data: bytes) -> list[Image.Image]:
     """Decode all frames of an animated PNG or WebP file, each as `open_rgb` does; a still picture is one frame.
 
     Frames follow each other at the pace of the one that is shown most briefly; one that is shown k times as long (rounded)
-    stands there k times. Frames cannot just be counted: of frames that are equal to the one before, encoders leave nothing
-    but its longer duration. Raises ValueError as `open_rgb` does, for any frame.
+    stands there k times, and one without a time stands there once. Frames cannot just be counted: of frames that are equal
+    to the one before, encoders leave nothing but its longer duration. Raises ValueError as `open_rgb` does, for any frame.
     """
     shown = list(_frames(data))
-    briefest = min(duration for _, duration in shown)
-    return [image for image, duration in shown for _ in range(round(duration / briefest))]
+    briefest = min((duration for _, duration in shown if duration > 0), default=1)
+    return [image for image, duration in shown for _ in range(max(1, round(duration / briefest)))]
 
 
 def verify_frames(data: bytes) -> tuple[int, int]:
@@ -70,14 +70,16 @@ def animation(frames: Sequence[Image.Image], kind: str, frame_ms: int) -> bytes:
 
 
 def _frames(data: bytes) -> Iterator[tuple[Image.Image, int]]:
-    """Each frame of a picture as RGB, and for how many milliseconds it is shown (at least 1; 1 for a still picture)."""
+    """Each frame of a picture as RGB, and for how many milliseconds it is shown (0 where nothing is said)."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        for number in range(getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1):
+        count = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
+        for number in range(count):
             image.seek(number)
             image.load()
-            # Copied, because the next frame is decoded into the same picture.
-            yield _over_white(_upright(image)).copy(), max(1, round(image.info.get("duration", 1)))
+            frame = _over_white(_upright(image))
+            # The next frame is decoded into the same picture.
+            yield frame.copy() if count > 1 else frame, round(image.info.get("duration", 0))
     # Decoders raise OSError, SyntaxError, struct.error, EOFError and more for bad bytes.
     except Exception as error:
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

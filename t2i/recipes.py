@@ -178,7 +178,7 @@ def shapes_clips() -> Recipe:
             classes.model, grid=(4, 8, 8), positions="learned", num_classes=CLASSES, zero_init_heads="all",
         ),
         data=replace(classes.data, path=Path("data/shapes-clips-encoded")),
-        train=replace(classes.train, steps=560, sample_every=280, save_every=280, sample_prompts=eight),
+        train=replace(classes.train, steps=1100, sample_every=275, save_every=275, sample_prompts=eight),
         sample=replace(VIDEO_SAMPLE, temperature=classes.sample.temperature),
         run_dir=Path("runs/shapes-clips"),
     )  # fmt: skip

@@ -202,6 +202,13 @@ def test_any_animation_keeps_its_frames_and_how_long_they_are_shown(numbers: lis
     assert back == expected
 
 
+def test_a_frame_without_a_time_is_one_frame() -> None:
+    frames = colored(1, 2, 3)
+    for durations in ([0, 0, 0], [100, 0, 100], [0, 100, 100]):
+        data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=durations)
+        assert numbers_of(open_frames(data)) == [1, 2, 3]
+
+
 def test_a_gif_plays_as_long_as_its_clip() -> None:
     image = Image.open(io.BytesIO(animation(colored(1, 1, 2), "GIF", 200)))
     shown = []

@@ -71,8 +71,10 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
         save_all=True,
         append_images=[Image.new("RGB", (32, 32))],
     )
-    cut_animation = animation[:-20] + bytes(20)
-    assert open_rgb(cut_animation).size == (32, 32)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
+    whole = encoded(Image.new("RGB", (32, 32)), "WEBP", save_all=True, append_images=[noise], lossless=True)
+    cut_animation = whole[:-900] + bytes(900)
+    assert open_rgb(cut_animation).size == (32, 32), "the first frame is whole"
     long_caption = "wörter " * 1428 + "ende"
     assert len(long_caption) == 10_000
     caption = ("txt", b"a caption")
