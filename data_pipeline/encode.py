@@ -5,7 +5,8 @@ Each raw shard becomes one encoded shard of the same name: per sample the codes 
 caption, its class if it has one, and, when asked for, the text encoder's states (bf16, unpadded). A shard
 carries what it was encoded with and from in a global PAX header, and takes its name only when it is whole: an
 interrupted run is continued by running it again. The models come in as functions; nothing here knows them.
-Shape suffixes: B samples of a batch, H and W pixels, C channels, L tokens of a caption.
+Of animated pictures the first frames can be encoded together: the samples are then clips.
+Shape suffixes: B samples of a batch, T frames, H and W pixels, C channels, L tokens of a caption.
 """
 
 import io
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data_pipeline.images import CROP_POLICY, center_crop_resize, open_rgb
+from data_pipeline.images import CROP_POLICY, center_crop_resize, open_frames, open_rgb
 from data_pipeline.index import Manifest, RawSample, ShardInfo, ShardSet, build_index, index_shard
 from data_pipeline.manifest import remove_manifest
 from data_pipeline.shard_index import Settings
@@ -47,6 +48,7 @@ def encode_set(
     encode_text: EncodeText | None,
     image_size: int,
     encoding: Mapping[str, Any],
+    frames: int | None = None,
     batch_size: int = 64,
     rank: int = 0,
     ranks: int = 1,
@@ -55,19 +57,20 @@ def encode_set(
 ) -> Manifest | None:
     """Encode this rank's shards of an indexed raw set into `out`, shard i belonging to rank `i % ranks`.
 
-    `encode_images` maps uint8 [B, H, W, C=3], H = W = `image_size`, to integer codes [B, *grid];
-    `encode_text`, unless None, maps B captions to B tensors [L, C]. `encoding` says what they are:
-    tokenizer_sha256, text_encoder_sha256 (None without `encode_text`), crop (`images.CROP_POLICY`),
-    image_size, grid, codebook_size. `threads` decode pictures ahead. Shards finished by an earlier run with
-    the same encoding, from the same raw shard, are skipped. The rank that finds every shard finished writes
-    the manifest of `out` and returns it; the others return None.
+    `encode_images` maps uint8 [B, H, W, C=3], H = W = `image_size`, to integer codes [B, *grid]. With `frames`, samples are
+    the first so many frames of animated pictures (see `images.open_frames`), and it maps uint8 [B, T, H, W, C=3].
+    `encode_text`, unless None, maps B captions to B tensors [L, C]. `encoding` says what they are: tokenizer_sha256,
+    text_encoder_sha256 (None without `encode_text`), crop (`images.CROP_POLICY`), image_size, grid, codebook_size, and
+    frames if they are given. `threads` decode pictures ahead. Shards finished by an earlier run with the same encoding,
+    from the same raw shard, are skipped. The rank that finds every shard finished writes the manifest of `out` and
+    returns it; the others return None.
 
-    Raises ValueError when `raw_root` is no indexed raw set, a raw sample cannot be read, `out` holds shards
-    of something else, `batch_size` is below 1, or `encoding` is incomplete, contradicts the other arguments, or differs from a
-    finished shard's.
+    Raises ValueError when `raw_root` is no indexed raw set, a raw sample cannot be read or has fewer frames, `out` holds
+    shards of something else, `batch_size` is below 1, or `encoding` is incomplete, contradicts the other arguments, or
+    differs from a finished shard's.
     """
     raw_root, out = Path(raw_root), Path(out)
-    encoding = _checked(encoding, image_size, encode_text is not None)
+    encoding = _checked(encoding, image_size, frames, encode_text is not None)
     assert 0 <= rank < ranks, (rank, ranks)
     raw = ShardSet(raw_root)
     if raw.manifest.kind != "raw":
@@ -90,7 +93,7 @@ def encode_set(
             pax = {ENCODING_RECORD: json.dumps(encoding), SOURCE_RECORD: json.dumps(_source(raw, shard))}
             remove_manifest(out)
             with ShardWriter(out / shard.name, pax) as writer:
-                for samples, images in _batches(raw, _numbers(raw, shard), batch_size, image_size, pool):
+                for samples, images in _batches(raw, _numbers(raw, shard), batch_size, image_size, frames, pool):
                     _write_batch(writer, samples, images, encode_images, encode_text, encoding)
                     bar.update(len(samples))
             index_shard(out, shard.name, Settings())
@@ -100,7 +103,7 @@ def encode_set(
     return build_index(out, progress=False)
 
 
-def _checked(encoding: Mapping[str, Any], image_size: int, has_text: bool) -> dict[str, Any]:
+def _checked(encoding: Mapping[str, Any], image_size: int, frames: int | None, has_text: bool) -> dict[str, Any]:
     """The encoding as it will be read back from JSON, once it is complete and agrees with the other
     arguments.
     """
@@ -113,6 +116,11 @@ def _checked(encoding: Mapping[str, Any], image_size: int, has_text: bool) -> di
         raise ValueError(
             f"the encoding says {encoding['image_size']} pixels, image_size is {image_size}: make them equal"
         )
+    # Absent for still pictures, so that sets of them are recorded as they always were.
+    if encoding.get("frames") != frames:
+        raise ValueError(f"the encoding says {encoding.get('frames')} frames, frames is {frames}: make them equal")
+    if frames is not None and frames < 1:
+        raise ValueError(f"clips of {frames} frames hold nothing: set at least 1")
     if not 1 <= encoding["codebook_size"] <= 65536:
         raise ValueError(f"codebook of {encoding['codebook_size']} does not fit 16-bit codes: use at most 65536")
     if (encoding["text_encoder_sha256"] is not None) != has_text:
@@ -162,29 +170,38 @@ def _numbers(raw: ShardSet, shard: ShardInfo) -> range:
     return range(first, first + shard.samples)
 
 
-def _decode(raw: ShardSet, number: int, image_size: int) -> tuple[RawSample, np.ndarray]:
+def _decode(raw: ShardSet, number: int, image_size: int, frames: int | None) -> tuple[RawSample, np.ndarray]:
+    """A sample and its pixels, uint8 [H, W, C] or, with `frames`, [T, H, W, C]."""
     sample = raw.read_raw(number)
     try:
-        return sample, center_crop_resize(open_rgb(sample.image), image_size)
+        pictures = [open_rgb(sample.image)] if frames is None else open_frames(sample.image)
     except ValueError as error:
         raise ValueError(
             f"sample {sample.key!r} of shard {raw.root / raw.shard_of(number)}: {error}; "
             f"it was readable when indexed, so run `t2i data index {raw.root}` again"
         ) from error
+    if frames is None:
+        return sample, center_crop_resize(pictures[0], image_size)
+    if len(pictures) < frames:
+        raise ValueError(
+            f"sample {sample.key!r} of shard {raw.root / raw.shard_of(number)} has {len(pictures)} of {frames} frames: "
+            "ask for fewer, or leave shorter pictures out of the set"
+        )
+    return sample, np.stack([center_crop_resize(picture, image_size) for picture in pictures[:frames]])
 
 
 def _batches(
-    raw: ShardSet, numbers: range, batch_size: int, image_size: int, pool: ThreadPoolExecutor
+    raw: ShardSet, numbers: range, batch_size: int, image_size: int, frames: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[RawSample], np.ndarray]]:
-    """The samples of a shard in order, `batch_size` at a time, with pictures uint8 [B, H, W, C], decoded
-    ahead.
+    """The samples of a shard in order, `batch_size` at a time, with pictures uint8 [B, H, W, C] or clips [B, T, H, W, C],
+    decoded ahead.
     """
     waiting: deque[Future[tuple[RawSample, np.ndarray]]] = deque()
     upcoming = iter(numbers)
 
     def fill() -> None:
         while len(waiting) < (1 + _BATCHES_AHEAD) * batch_size and (number := next(upcoming, None)) is not None:
-            waiting.append(pool.submit(_decode, raw, number, image_size))
+            waiting.append(pool.submit(_decode, raw, number, image_size, frames))
 
     fill()
     while waiting:

@@ -5,6 +5,7 @@ tokenizer sees. Shape suffixes: S side in pixels, C channels.
 """
 
 import io
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,8 @@ CROP_POLICY: Final = "center-square-bicubic-v1"
 """Name of what `center_crop_resize` does, recorded with everything encoded from its output."""
 
 _FORMATS: Final = ("JPEG", "PNG", "WEBP")
+# A JPEG of several pictures is a still in two qualities or from two eyes, not an animation.
+_ANIMATED: Final = ("PNG", "WEBP")
 _EXIF_ORIENTATION: Final = 0x0112
 _WHITE: Final = (255, 255, 255)
 
@@ -26,16 +29,57 @@ def open_rgb(data: bytes) -> Image.Image:
     - 16-bit grey is scaled by 257, not clipped; 16-bit colour keeps its high byte.
     - CMYK and YCCK JPEGs are converted (naively: colour profiles are ignored in every format).
     - The EXIF orientation is applied, so width and height are those that a viewer shows.
-    - Of an animation, the first frame.
+    - Of an animation, the first frame (`open_frames` gives them all).
 
     The format is read from the bytes, so a PNG named `.jpg` opens. The whole picture is decoded, so a
     truncated file is an error here. Raises ValueError with the decoder's reason when the bytes are no
     readable picture, or unpack to more pixels than Pillow's decompression-bomb limit.
     """
+    return next(_frames(data))[0]
+
+
+def open_frames(data: bytes) -> list[Image.Image]:
+    """Decode all frames of an animated PNG or WebP file, each as `open_rgb` does; a still picture is one frame.
+
+    Frames follow each other at the pace of the one that is shown most briefly; one that is shown k times as long (rounded)
+    stands there k times, and one without a time stands there once. Frames cannot just be counted: of frames that are equal
+    to the one before, encoders leave nothing but its longer duration. Raises ValueError as `open_rgb` does, for any frame.
+    """
+    shown = list(_frames(data))
+    briefest = min((duration for _, duration in shown if duration > 0), default=1)
+    return [image for image, duration in shown for _ in range(max(1, round(duration / briefest)))]
+
+
+def verify_frames(data: bytes) -> tuple[int, int]:
+    """Decode every frame of a picture, one in memory at a time; returns (width, height). Raises ValueError as `open_rgb`."""
+    for image, _ in _frames(data):
+        size = image.size
+    return size
+
+
+def animation(frames: Sequence[Image.Image], kind: str, frame_ms: int) -> bytes:
+    """RGB frames of one size as an animation that runs for ever, each shown for `frame_ms` milliseconds.
+
+    `kind` "WEBP" is lossless; "GIF" has 256 colours a frame and times in steps of 10 ms.
+    """
+    assert kind in ("WEBP", "GIF"), kind
+    stream = io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(stream, kind, save_all=True, append_images=frames[1:], duration=frame_ms, loop=0, **options)
+    return stream.getvalue()
+
+
+def _frames(data: bytes) -> Iterator[tuple[Image.Image, int]]:
+    """Each frame of a picture as RGB, and for how many milliseconds it is shown (0 where nothing is said)."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        image.load()
-        return _over_white(_upright(image))
+        count = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
+        for number in range(count):
+            image.seek(number)
+            image.load()
+            frame = _over_white(_upright(image))
+            # The next frame is decoded into the same picture.
+            yield frame.copy() if count > 1 else frame, round(image.info.get("duration", 0))
     # Decoders raise OSError, SyntaxError, struct.error, EOFError and more for bad bytes.
     except Exception as error:
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

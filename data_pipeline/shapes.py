@@ -14,27 +14,18 @@ colors have too few prompts to split; their pictures are still drawn from other 
 
 A position caption names the colours of its two objects half of the time ("a photo of a red circle left of a blue
 star"); evaluation prompts never do, as in GenEval.
+
+Pictures are made here, written by `data_pipeline.shapes_set`; shapes that move are in `data_pipeline.clips`.
 """
 
-import io
-import json
-import math
-import tarfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from data_pipeline.atomic import remove_leftovers, replacing, write_bytes
 from data_pipeline.geneval_text import TAGS, prompt_for
-from data_pipeline.manifest import remove_manifest
-from data_pipeline.tars import tar_names
 
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
@@ -161,7 +152,7 @@ def shape_mask(shape: str, cx: float, cy: float, radius: float, size: int = IMAG
     return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def background(rng: np.random.Generator) -> np.ndarray:
     """A muted background: plain, darker downwards or to the right, or a vignette. float32 [64, 64, 3]."""
     light = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], np.float32)
     x, y = np.meshgrid(np.linspace(0, 1, IMAGE_SIZE), np.linspace(0, 1, IMAGE_SIZE))
@@ -170,8 +161,8 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return light * (1 - (1 - DARKEST) * shade[..., None].astype(np.float32))
 
 
-def _draw(objects: tuple[PlacedShape, ...], rng: np.random.Generator) -> np.ndarray:
-    canvas = _background(rng)
+def draw(objects: tuple[PlacedShape, ...], canvas: np.ndarray) -> np.ndarray:
+    """Objects over a background, float32 [64, 64, 3]; returns uint8 [64, 64, 3]."""
     for placed in objects:
         coverage = shape_mask(placed.shape, placed.cx, placed.cy, placed.radius)[..., None]
         canvas = canvas * (1 - coverage) + np.array(COLORS[placed.color], np.float32) * coverage
@@ -221,7 +212,7 @@ def _sample(metadata: dict[str, Any], rng: np.random.Generator) -> ShapesSample:
         color = entry.get("color") or str(rng.choice(list(COLORS)))
         kinds += [(entry["class"], color)] * entry["count"]  # what is counted is of one colour
     objects = _place(kinds, relation, rng)
-    return ShapesSample(_draw(objects, rng), metadata["prompt"], metadata, objects)
+    return ShapesSample(draw(objects, background(rng)), metadata["prompt"], metadata, objects)
 
 
 def _metadata(tag: str, include: list[dict[str, Any]]) -> dict[str, Any]:
@@ -259,6 +250,21 @@ def training_sample(seed: int, index: int) -> ShapesSample:
     """Sample `index` of the training set `seed`: always the same picture, whatever else is made."""
     rng = np.random.default_rng([seed, index, 0])
     return _sample(_training_metadata(rng), rng)
+
+
+def single_object_sample(seed: int, index: int) -> ShapesSample:
+    """Sample `index` of the set `seed` of pictures of one shape, whose kind is the class; half of the captions name its
+    colour."""
+    rng = np.random.default_rng([seed, index, 3])
+    entry: dict[str, Any] = {"class": str(rng.choice(SHAPES)), "count": 1}
+    if rng.random() < 0.5:
+        return _sample(_metadata("single_object", [entry]), rng)
+    return _sample(_metadata("colors", [entry | {"color": str(rng.choice(list(COLORS)))}]), rng)
+
+
+def label_of(sample: ShapesSample) -> int:
+    """The class of a picture: the place in `SHAPES` of its first object's kind."""
+    return SHAPES.index(sample.objects[0].shape)
 
 
 def ground_truth(metadata: dict[str, Any], seed: int) -> ShapesSample:
@@ -304,60 +310,3 @@ def evaluation_metadata(per_task: int = 100, seed: int = 0) -> list[dict[str, An
         order = range(len(pool)) if len(pool) <= per_task else sorted(rng.choice(len(pool), per_task, replace=False))
         chosen += [_metadata(tag, pool[i]) for i in order]
     return chosen
-
-
-def _shard_members(seed: int, first: int, last: int) -> Iterator[tuple[str, bytes]]:
-    for index in range(first, last):
-        sample = training_sample(seed, index)
-        picture = io.BytesIO()
-        Image.fromarray(sample.image).save(picture, "png", compress_level=1)
-        yield f"{index:08d}.png", picture.getvalue()
-        yield f"{index:08d}.txt", sample.caption.encode()
-        # The shape as the class: what class-conditional runs on this data train with.
-        yield f"{index:08d}.cls", str(SHAPES.index(sample.objects[0].shape)).encode()
-        yield f"{index:08d}.json", json.dumps(sample.metadata).encode()
-
-
-def _shard_path(out: Path, shard: int) -> Path:
-    return out / f"shapes-{shard:06d}.tar"
-
-
-def _write_shard(out: Path, seed: int, samples: int, shard_size: int, shard: int) -> int:
-    """Write one tar whole, unless it is there; returns its number of samples."""
-    first, last = shard * shard_size, min(samples, (shard + 1) * shard_size)
-    path = _shard_path(out, shard)
-    if not path.exists():
-        with replacing(path) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
-            for name, data in _shard_members(seed, first, last):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return last - first
-
-
-def write_shards(out: Path, samples: int, seed: int = 0, shard_size: int = 1000, workers: int = 2) -> None:
-    """Write the data set as raw webdataset tars (`KEY.png`, `.txt`, `.cls`, `.json`), `shard_size` samples each.
-
-    Finished tars are kept, so an interrupted call goes on where it stopped. Raises ValueError for numbers below one,
-    and where `out` holds a set that was made with other numbers, or other tars.
-    """
-    if min(samples, shard_size, workers) < 1:
-        raise ValueError(f"samples ({samples}), shard size ({shard_size}) and workers ({workers}) must be at least 1")
-    out.mkdir(parents=True, exist_ok=True)
-    wanted = {"samples": samples, "seed": seed, "shard_size": shard_size}
-    recorded = out / "shapes.json"
-    if recorded.exists():
-        earlier = recorded.read_text(errors="replace")
-        if earlier != json.dumps(wanted):
-            raise ValueError(f"{out} holds shapes made with {earlier}, not {json.dumps(wanted)}; choose another folder")
-    elif others := tar_names(out):
-        raise ValueError(f"{out / others[0]} was not made by this command; choose another folder")
-    write_bytes(recorded, json.dumps(wanted).encode())
-    remove_leftovers(out)
-    shards = math.ceil(samples / shard_size)
-    if not all(_shard_path(out, shard).exists() for shard in range(shards)):
-        remove_manifest(out)
-    write = partial(_write_shard, out, seed, samples, shard_size)
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=samples, desc="shapes", unit="picture") as bar:
-        for count in pool.map(write, range(shards)):
-            bar.update(count)

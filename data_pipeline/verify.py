@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from data_pipeline.images import IMAGE_SUFFIXES, open_rgb
+from data_pipeline.images import IMAGE_SUFFIXES, verify_frames
 from data_pipeline.shard_index import Rejected, Settings, ShardIndex, file_sha256, pack_keys
 from data_pipeline.tars import CORRUPT, TRUNCATED, Group, TarScan, scan_tar
 
@@ -25,7 +25,7 @@ CAUSES: Final = {
     "missing_caption": "no txt member, and no such field in a json member, or null there",
     "empty_caption": "nothing but white space",
     "bad_caption": "not UTF-8 text, not JSON, or not a string",
-    "undecodable_image": "the picture does not decode to its last byte",
+    "undecodable_image": "the picture, or a frame of it, does not decode to its last byte",
     "too_small_image": "the shorter side has fewer pixels than asked for",
     "bad_label": "the cls member is not a whole number of at least 0",
     "bad_codes": "the codes are not uint16 in the encoding's grid and codebook",
@@ -193,7 +193,7 @@ def _check(group: Group, stream: BinaryIO, settings: Settings, encoding: dict[st
 
 def _check_image(data: bytes, min_size: int) -> None:
     try:
-        width, height = open_rgb(data).size
+        width, height = verify_frames(data)
     except ValueError as error:
         raise BadSampleError("undecodable_image", str(error)) from error
     if min(width, height) < min_size:

@@ -31,19 +31,29 @@ app.command(data, name="data", help="Make, take in and verify raw image-text set
 
 
 @data.command(name="shapes")
-def data_shapes(out: Path, samples: int = 20_000, seed: int = 0, shard_size: int = 1000, workers: int = 2) -> None:
-    """Make the embedded data set: pictures of coloured shapes with captions, as raw webdataset tars.
+def data_shapes(
+    out: Path,
+    samples: int = 20_000,
+    seed: int = 0,
+    shard_size: int = 1000,
+    workers: int = 2,
+    single_object: bool = False,
+    frames: int | None = None,
+) -> None:
+    """Make the embedded data set: pictures or clips of coloured shapes with captions and classes, as raw webdataset tars.
 
     Args:
         out: Folder for the tars.
-        samples: Number of pictures.
+        samples: Number of pictures or clips.
         seed: Another seed gives other pictures.
-        shard_size: Pictures a tar.
+        shard_size: Pictures or clips a tar.
         workers: Processes.
+        single_object: Pictures of one shape, whose kind is the class, for class-conditional models.
+        frames: Clips of this many frames in which one shape moves; shape and direction are the class.
     """
-    from data_pipeline.shapes import write_shards
+    from data_pipeline.shapes_set import write_shards
 
-    write_shards(out, samples, seed, shard_size, workers)
+    write_shards(out, samples, seed, shard_size, workers, single_object=single_object, frames=frames)
     print(f"{samples:,} samples in {out}; next: t2i data index {out}")
 
 
@@ -115,6 +125,7 @@ def encode(
     image_size: int,
     tokenizer: str = "shapes",
     text_encoder: str | None = None,
+    frames: int | None = None,
     batch_size: int = 64,
     device: str | None = None,
 ) -> None:
@@ -127,6 +138,7 @@ def encode(
         tokenizer: Folder of a tokenizer, or "shapes" for the one that is shipped.
         text_encoder: T5 encoder whose states are stored with each sample: a folder or a hub name. Leave it out where
             the text encoder is trained with the model.
+        frames: Encode this many frames of animated pictures, for video models; pictures are stills when not given.
         batch_size: Pictures at once.
         device: Where to run; the first GPU or the processor when not given.
     """
@@ -134,7 +146,8 @@ def encode(
     from t2i.encoding import encode
 
     manifest = encode(
-        raw, out, tokenizer=tokenizer, image_size=image_size, text_encoder=text_encoder, batch_size=batch_size, device=device
+        raw, out, tokenizer=tokenizer, image_size=image_size, text_encoder=text_encoder, frames=frames,
+        batch_size=batch_size, device=device,
     )  # fmt: skip
     if manifest is not None:
         print_table(manifest)
@@ -223,31 +236,37 @@ def sample(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    frame_ms: int | None = None,
     device: str | None = None,
 ) -> None:
-    """Draw pictures from an export and write them as one PNG grid, a row for each prompt.
+    """Draw pictures or clips from an export and write them as one grid, a row for each prompt.
 
     Args:
         folder: An export.
         prompts: Captions, or class numbers for a class-conditional model.
-        out: The PNG to write.
-        images: Pictures of each prompt.
+        out: The picture to write. Clips of a video model play side by side in a .webp or .gif and are film strips in any
+            other format.
+        images: Pictures or clips of each prompt.
         seed: Of the first picture; the n-th is drawn with seed + n.
         guidance_scale: Strength of classifier-free guidance; what the export says when not given, as for the next three.
         temperature: 0 takes the likeliest token.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the likeliest tokens up to this probability mass.
+        frame_ms: How long a frame of an animation is shown, in milliseconds; 250 when not given.
         device: Where to run; the first GPU or the processor when not given.
     """
     from PIL.Image import registered_extensions
 
+    from t2i.clips import ANIMATED, save_clips
     from t2i.devices import choose_device
-    from t2i.pipeline import TextToImagePipeline, picture_grid
+    from t2i.pipeline import DrawOptions, TextToImagePipeline, picture_grid
 
     if not prompts or images < 1:
         raise ValueError(f"{len(prompts)} prompts and {images} images of each; give at least one of both")
     if out.suffix.lower() not in registered_extensions() or out.is_dir():
         raise ValueError(f"{out} is no file name of a picture; give one such as {out.with_suffix('.png')}")
+    if frame_ms is not None and frame_ms < 10:
+        raise ValueError(f"frames of {frame_ms} ms are too short to be shown; give at least 10")
     pipe = TextToImagePipeline.from_pretrained(folder, choose_device(device))
     repeated = [prompt for prompt in prompts for _ in range(images)]
     if pipe.text_encoder is None:
@@ -256,18 +275,18 @@ def sample(
         conditions: list[str] | list[int] = [int(prompt) for prompt in repeated]
     else:
         conditions = repeated
-    pictures = pipe(
-        conditions,
-        seed,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        progress=True,
-    )
+    if frame_ms is not None and not (pipe.draws_clips and out.suffix.lower() in ANIMATED):
+        what = f"{out} is a still picture" if pipe.draws_clips else f"{folder} draws still pictures"
+        raise ValueError(f"frame_ms is {frame_ms} and {what}; leave it out, or write clips of a video model to a .webp")
+    options: DrawOptions = {
+        "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "progress": True,
+    }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture_grid(pictures, columns=images).save(out)
-    print(f"{len(pictures)} pictures in {out}")
+    if pipe.draws_clips:
+        save_clips(pipe.clips(conditions, seed, **options), out, images, 250 if frame_ms is None else frame_ms)
+    else:
+        picture_grid(pipe(conditions, seed, **options), columns=images).save(out)
+    print(f"{len(conditions)} {'clips' if pipe.draws_clips else 'pictures'} in {out}")
 
 
 app.command(bench, name="bench", help="Measure decoding and the training step on this machine.")
@@ -391,6 +410,30 @@ def geneval_run(
         export, out or export / "geneval", judge=judge, per_task=per_task, images_per_prompt=images_per_prompt,
         batch_size=batch_size, run_dir=run_dir,
     )  # fmt: skip
+
+
+@app.command(name="score-classes")
+def score_classes(
+    export: Positional[Path],
+    out: Path | None = None,
+    judge: Literal["shapes"] = "shapes",
+    samples: int = 16,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> None:
+    """Draw every class of a class-conditional export several times, and tell how often the class is in it.
+
+    Args:
+        export: An export of a model of the embedded data set's classes: pictures of one shape, or clips.
+        out: Folder for results and samples; EXPORT/classes when not given.
+        judge: Who looks at the samples: "shapes" is the exact judge of the embedded data set.
+        samples: Pictures or clips of each class.
+        batch_size: Pictures or clips drawn at once.
+        seed: Another seed draws other samples.
+    """
+    from eval.classes import score_classes
+
+    score_classes(export, out or export / "classes", judge=judge, samples=samples, batch_size=batch_size, seed=seed)
 
 
 def main() -> None:

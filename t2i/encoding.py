@@ -27,11 +27,13 @@ def encode(
     tokenizer: str,
     image_size: int,
     text_encoder: str | None = None,
+    frames: int | None = None,
     batch_size: int = 64,
     device: str | None = None,
 ) -> Manifest | None:
     """Encode an indexed raw set; returns the manifest once every rank's shards are there, else None.
 
+    With `frames`, the first so many frames of animated pictures, each by itself: codes [t, h, w].
     The rank comes from RANK and WORLD_SIZE, which any launcher sets. Raises ValueError where the pictures do not divide
     into tokens, the device is not there, or as `encode_set` does.
     """
@@ -49,6 +51,8 @@ def encode(
 
     @torch.inference_mode()
     def encode_images(images: np.ndarray) -> np.ndarray:
+        if images.ndim == 5:  # one frame of all clips after the other, so that clips need no more memory than pictures
+            return np.stack([encode_images(images[:, t]) for t in range(images.shape[1])], axis=1)
         return vq.encode(images_to_tensor(images).to(where)).cpu().numpy()
 
     @torch.inference_mode()
@@ -65,14 +69,16 @@ def encode(
         encode_images=encode_images,
         encode_text=encode_text if texts is not None else None,
         image_size=image_size,
+        frames=frames,
         encoding={
             "tokenizer_sha256": vq_sha256(tokenizer),
             "text_encoder_sha256": text_encoder_sha256(text_encoder) if text_encoder else None,
             "crop": CROP_POLICY,
             "image_size": image_size,
-            "grid": [side, side],
+            "grid": [side, side] if frames is None else [frames, side, side],
             "codebook_size": vq.config.codebook_size,
-        },
+        }
+        | ({} if frames is None else {"frames": frames}),
         batch_size=batch_size,
         rank=rank,
         ranks=ranks,

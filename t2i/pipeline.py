@@ -1,7 +1,10 @@
-"""Pictures from a finished model: one folder in, PIL images out.
+"""Pictures or clips from a finished model: one folder in, PIL images out.
 
     pipe = TextToImagePipeline.from_pretrained("exports/shapes-tiny")
     images = pipe(["a photo of a red circle", "a photo of two stars"], seed=0)
+
+    pipe = TextToImagePipeline.from_pretrained("exports/shapes-clips")
+    clips = pipe.clips([3, 17], seed=0)  # a list of frames for each class
 
 Reads what `t2i export` and `t2i convert` write; needs torch, transformers and safetensors, and neither DeepSpeed nor the
 training code.
@@ -10,8 +13,9 @@ training code.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -25,13 +29,32 @@ from t2i.config import ModelConfig, SampleConfig, from_json, to_json
 from t2i.devices import find_device
 from t2i.files import load_weights, read_json
 from t2i.model import NAR
-from t2i.sampling import generate
+from t2i.sampling import Callback, generate
 from t2i.text_encoder import TextEncoder, pad_left
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 from t2i.wavefronts import wavefront_sizes
+from t2i.zipar import generate_zipar, passes_needed
 
 FORMAT = 2
+BATCH = 64  # samples drawn at once, where a call does not say
+UNDRAWN = 128  # grey of what is not drawn yet
 Prompts = str | int | Sequence[str] | Sequence[int]
+
+
+class DrawOptions(TypedDict, total=False):
+    """Options of drawing; see `TextToImagePipeline.tokens`."""
+
+    seeds: Sequence[int] | None
+    guidance_scale: float | None
+    guidance_share: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    zipar_window: int | None
+    zipar_adaptive: bool
+    batch_size: int
+    progress: bool
+    watch: Callback | None
 
 
 @dataclass(frozen=True)
@@ -106,38 +129,31 @@ class TextToImagePipeline:
                 module.to(device)
         return self
 
-    def __call__(
-        self,
-        prompts: Prompts,
-        seed: int | None = None,
-        *,
-        seeds: Sequence[int] | None = None,
-        guidance_scale: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        batch_size: int = 64,
-        progress: bool = False,
-    ) -> list[Image.Image]:
-        """Draw one picture per prompt.
+    @property
+    def draws_clips(self) -> bool:
+        """Whether this is a video model, which draws with `clips`; one that draws pictures is called."""
+        return len(self.model.config.grid) == 3
 
-        Args:
-            prompts: A caption or several; for a class-conditional model, class numbers.
-            seed: The n-th picture is drawn with seed + n; the same seed and prompt give the same pixels.
-            seeds: One for each prompt instead.
-            guidance_scale, temperature, top_k, top_p: What the export was made with, unless given.
-            batch_size: Pictures drawn at once, at most.
-            progress: Show a bar over wavefronts.
+    def __call__(self, prompts: Prompts, seed: int | None = None, **options: Unpack[DrawOptions]) -> list[Image.Image]:
+        """Draw one picture per prompt. Arguments and errors as of `tokens`, and a ValueError for a model that draws clips
+        or has no tokenizer."""
+        if self.draws_clips:
+            raise ValueError("this model draws clips, not pictures; call its method `clips`")
+        return [Image.fromarray(pixels) for pixels in self._draw(prompts, seed, **options)]
 
-        Raises ValueError for prompts of the wrong kind, class numbers that do not exist, options out of range, and where
-        there is no tokenizer.
-        """
+    def clips(
+        self, prompts: Prompts, seed: int | None = None, **options: Unpack[DrawOptions]
+    ) -> list[list[Image.Image]]:
+        """Draw one clip per prompt, a list of frames. Arguments and errors as of a call, with clips for pictures."""
+        if not self.draws_clips:
+            raise ValueError("this model draws pictures, not clips; call it instead of its method `clips`")
+        return [[Image.fromarray(frame) for frame in frames] for frames in self._draw(prompts, seed, **options)]
+
+    def _draw(self, prompts: Prompts, seed: int | None, **options: Unpack[DrawOptions]) -> list[np.ndarray]:
+        """Pictures uint8 [H, W, 3] or clips [t, H, W, 3], one per prompt."""
         self.tokenizer()  # before anything is drawn in vain
-        tokens = self.tokens(
-            prompts, seed, seeds=seeds, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
-        return [Image.fromarray(pixels) for part in tokens.split(batch_size) for pixels in self.decode(part)]
+        tokens = self.tokens(prompts, seed, **options)
+        return [one for part in tokens.split(options.get("batch_size", BATCH)) for one in self.decode(part)]
 
     def tokens(
         self,
@@ -146,13 +162,33 @@ class TextToImagePipeline:
         *,
         seeds: Sequence[int] | None = None,
         guidance_scale: float | None = None,
+        guidance_share: float = 1.0,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        batch_size: int = 64,
+        zipar_window: int | None = None,
+        zipar_adaptive: bool = False,
+        batch_size: int = BATCH,
         progress: bool = False,
+        watch: Callback | None = None,
     ) -> Tensor:
-        """Draw one token grid per prompt, int64 [B, *grid]. Arguments and errors as of a call, but needs no tokenizer."""
+        """Draw one token grid per prompt, int64 [B, *grid]; needs no tokenizer.
+
+        Args:
+            prompts: A caption or several; for a class-conditional model, class numbers.
+            seed: The n-th sample is drawn with seed + n; the same seed and prompt give the same pixels.
+            seeds: One for each prompt instead.
+            guidance_scale, temperature, top_k, top_p: What the export was made with, unless given.
+            guidance_share: Share of the passes that are guided; see `t2i.sampling.generate`.
+            zipar_window: Decode a raster model with ZipAR (`t2i.zipar`): tokens of a row after which the next one starts.
+            zipar_adaptive: Take that window as the least.
+            batch_size: Samples drawn at once, at most.
+            progress: Show a bar over passes.
+            watch: Called after each pass with its number and the batch's tokens so far, -1 where there is none yet;
+                `unfinished` makes pictures of them.
+
+        Raises ValueError for prompts of the wrong kind, class numbers that do not exist, and options out of range.
+        """
         items: list[str | int] = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if not items:
             raise ValueError("no prompts; give at least one")
@@ -164,26 +200,46 @@ class TextToImagePipeline:
             seeds = [seed + n for n in range(len(items))]
         if seeds is not None and len(seeds) != len(items):
             raise ValueError(f"{len(seeds)} seeds for {len(items)} prompts; give one for each")
-        starts = range(0, len(items), batch_size)
+        if zipar_adaptive and zipar_window is None:
+            raise ValueError("zipar_adaptive needs zipar_window, the least window; give 1 or more")
+        if zipar_window is not None and guidance_share != 1:
+            raise ValueError("guidance_share is not for ZipAR; leave one of them out")
+        options: dict[str, Any] = {
+            "guidance_scale": self.sample.guidance_scale if guidance_scale is None else guidance_scale,
+            "temperature": self.sample.temperature if temperature is None else temperature,
+            "top_k": self.sample.top_k if top_k is None else top_k,
+            "top_p": self.sample.top_p if top_p is None else top_p,
+        }
+        draw: Callable[..., Tensor] = partial(generate, guidance_share=guidance_share)
+        if zipar_window is not None:
+            draw = partial(generate_zipar, window=zipar_window, adaptive=zipar_adaptive)
         drawn: list[Tensor] = []
-        total = len(wavefront_sizes(self.model.config.schedule)) * len(starts)
-        with tqdm(total=total, desc="decode", unit="wavefront", disable=not progress) as bar:
-            for start in starts:
+        with tqdm(total=self._passes(len(items), batch_size, zipar_window, zipar_adaptive), desc="decode", unit="pass",
+                  disable=not progress) as bar:  # fmt: skip
+
+            def after_pass(number: int, tokens: Tensor) -> None:
+                bar.update()
+                if watch is not None:
+                    watch(number, tokens)
+
+            for start in range(0, len(items), batch_size):
                 part = slice(start, start + batch_size)
                 condition, mask = self._condition(items[part])
-                grids = generate(
-                    self.model,
-                    condition,
-                    mask,
-                    guidance_scale=self.sample.guidance_scale if guidance_scale is None else guidance_scale,
-                    temperature=self.sample.temperature if temperature is None else temperature,
-                    top_k=self.sample.top_k if top_k is None else top_k,
-                    top_p=self.sample.top_p if top_p is None else top_p,
-                    seeds=None if seeds is None else seeds[part],
-                    callback=_advance(bar) if progress else None,
-                )
-                drawn.append(grids)
+                drawn.append(
+                    draw(
+                        self.model, condition, mask, seeds=None if seeds is None else seeds[part],
+                        callback=after_pass if progress or watch is not None else None, **options,
+                    )
+                )  # fmt: skip
         return torch.cat(drawn)
+
+    def _passes(self, samples: int, batch_size: int, window: int | None, adaptive: bool) -> int | None:
+        """Passes of a call, or None where they are not known beforehand."""
+        batches = -(-samples // batch_size)
+        if window is None:
+            return batches * len(wavefront_sizes(self.model.config.schedule))
+        rows, columns = self.model.config.grid[-2:]
+        return None if adaptive else batches * passes_needed(rows, columns, window)
 
     def tokenizer(self) -> VQModel:
         """The image tokenizer. Raises ValueError where there is none."""
@@ -215,8 +271,18 @@ class TextToImagePipeline:
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> np.ndarray:
-        """Pictures of token grids: int64 [B, h, w] -> uint8 [B, H, W, 3]."""
+        """Pictures of token grids, int64 [B, h, w] -> uint8 [B, H, W, 3]; of clips, [B, t, h, w] -> [B, t, H, W, 3]."""
+        if tokens.ndim == 4:  # each frame by itself, and one of all clips at a time, which takes the memory of pictures
+            return np.stack([self.decode(frame_Bhw) for frame_Bhw in tokens.unbind(1)], axis=1)
         return tensor_to_images(self.tokenizer().decode(tokens))
+
+    def unfinished(self, tokens: Tensor) -> np.ndarray:
+        """As `decode`, of tokens some of which are not drawn yet (-1); their places are grey."""
+        pixels = self.decode(tokens.clamp_min(0))
+        missing = (tokens < 0).cpu().numpy()
+        side = pixels.shape[-2] // missing.shape[-1]
+        pixels[missing.repeat(side, -2).repeat(side, -1)] = UNDRAWN
+        return pixels
 
     @torch.inference_mode()
     def encode_decode(self, images: np.ndarray) -> np.ndarray:
@@ -265,13 +331,6 @@ class TextToImagePipeline:
             described.provenance,
         )
         return pipe.to(device)
-
-
-def _advance(bar: Any) -> Callable[[int, Tensor], None]:
-    def advance(wavefront: int, tokens: Tensor) -> None:
-        bar.update()
-
-    return advance
 
 
 def picture_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:

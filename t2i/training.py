@@ -25,6 +25,7 @@ from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
 from data_pipeline.verify import STATES
 from t2i import checkpoint
 from t2i.checkpoint import RECIPE, VOCABULARY, Inputs
+from t2i.clips import film_strips
 from t2i.config import Recipe, TrainConfig, to_json
 from t2i.engine import Engine, Runtime, broadcast_bytes
 from t2i.metrics import MetricsLog
@@ -308,7 +309,10 @@ class Trainer:
         return self.engine.sum_over_ranks([total])[0] / count
 
     def sample_grid(self, step: int) -> Path | None:
-        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere."""
+        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere.
+
+        Clips are film strips, one below the other: their frames side by side.
+        """
         recipe, path = self.recipe, None
         weights = self.engine.weights_on_first() if self.engine.stage == 3 else None
         if self.runtime.is_first:
@@ -319,13 +323,18 @@ class Trainer:
                 module.load_state_dict(weights)
                 module.to(self.runtime.device)
             was_training = module.training
-            images = self.pipeline(module, step)(self._prompts(), seed=recipe.train.seed)
+            pipe, seed = self.pipeline(module, step), recipe.train.seed
+            grid = (
+                film_strips(pipe.clips(self._prompts(), seed))
+                if pipe.draws_clips
+                else picture_grid(pipe(self._prompts(), seed))
+            )
             module.train(was_training)
             if self._frozen_text_encoder is not None:
                 self._frozen_text_encoder.to("cpu")  # read once, and in nobody's way between two grids
             path = recipe.run_dir / "samples" / f"step-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture_grid(images).save(path)
+            grid.save(path)
         self.engine.barrier()
         return path
 

@@ -10,6 +10,7 @@ Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (p
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from data_pipeline.geneval_text import TAGS
 
-__all__ = ["Interval", "Summary", "TaskScore", "bootstrap_means", "score_table", "summarize"]
+__all__ = ["Interval", "Summary", "TaskScore", "bootstrap_means", "score_table", "summarize", "wilson_interval"]
 
 LEVEL = 0.95
 REPLICATES = 10_000
@@ -97,6 +98,19 @@ def bootstrap_means(
     prompts = len(totals_P)
     counts_RP = rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=replicates)
     return np.asarray((counts_RP @ totals_P) / (counts_RP @ weights_P), dtype=np.float64)
+
+
+def wilson_interval(right: int, total: int) -> Interval:
+    """The share of right answers among independent ones, with Wilson's score interval, which is no point at 0 and 1.
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    assert 0 <= right <= total > 0, (right, total)
+    z, share = NormalDist().inv_cdf((1 + LEVEL) / 2), right / total
+    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    reach = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
+    # Rounding may put an end a hair beyond 0, 1 or the share itself.
+    return Interval(share, max(0.0, min(share, center - reach)), min(1.0, max(share, center + reach)))
 
 
 def _interval(value: float, replicates_R: NDArray[np.float64]) -> Interval:

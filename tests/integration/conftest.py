@@ -51,6 +51,16 @@ def t2i(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return execute([sys.executable, "-m", "t2i.cli", *arguments])
 
 
+def train_alone(recipe: Recipe, config: dict[str, object], folder: Path) -> Path:
+    """Train the recipe in one process of its own; returns the run folder."""
+    (folder / "recipe.json").write_text(to_json(recipe))
+    (folder / "zero.json").write_text(json.dumps(config))
+    done = execute([sys.executable, "t2i/train.py", folder / "recipe.json", "--deepspeed_config", folder / "zero.json"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 steps done" in done.stdout
+    return recipe.run_dir
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,7 +1,5 @@
 """The other two kinds of conditions, in one process without the launcher: classes, and stored states of a frozen T5."""
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,25 +7,14 @@ import pytest
 import torch
 
 from t2i.checkpoint import checkpoints
-from t2i.config import Recipe, to_json
 from t2i.encoding import encode
 from t2i.export import export, merged_weights
 from t2i.pipeline import TextToImagePipeline
 from t2i.text_encoder import TextEncoder, TextEncoderConfig, train_sentencepiece
 
-from .conftest import VALIDATION, execute, results, small_recipe
+from .conftest import VALIDATION, results, small_recipe, train_alone
 
 pytestmark = pytest.mark.slow
-
-
-def train(recipe: Recipe, config: dict[str, object], folder: Path) -> Path:
-    """Train the recipe in one process of its own; returns the run folder."""
-    (folder / "recipe.json").write_text(to_json(recipe))
-    (folder / "zero.json").write_text(json.dumps(config))
-    done = execute([sys.executable, "t2i/train.py", folder / "recipe.json", "--deepspeed_config", folder / "zero.json"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 steps done" in done.stdout
-    return recipe.run_dir
 
 
 def assert_average_of_two_steps(run_dir: Path) -> None:
@@ -56,7 +43,7 @@ def test_classes_in_bf16_under_zero_3(data: Path, tmp_path: Path) -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
-    run_dir = train(recipe, config, tmp_path)
+    run_dir = train_alone(recipe, config, tmp_path)
     assert (run_dir / "samples" / "step-00000002.png").is_file()
     assert all(0 < row.get("loss", 1) < 8 for row in results(run_dir))
     assert_average_of_two_steps(run_dir)
@@ -93,7 +80,7 @@ def test_stored_states_of_a_frozen_encoder(data: Path, tmp_path: Path) -> None:
         run_dir=tmp_path / "run",
     )
     assert recipe.data.validation == VALIDATION
-    run_dir = train(recipe, {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}, tmp_path)
+    run_dir = train_alone(recipe, {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}, tmp_path)
     assert (run_dir / "samples" / "step-00000002.png").is_file()
     assert_average_of_two_steps(run_dir)
     export(run_dir, tmp_path / "export")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from data_pipeline.encode import encode_set
-from data_pipeline.images import CROP_POLICY, center_crop_resize, open_rgb
+from data_pipeline.images import CROP_POLICY, animation, center_crop_resize, open_rgb
 from data_pipeline.index import ShardSet, build_index, load_quarantine
 from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
 from data_pipeline.verify import CODES, STATES
@@ -301,3 +302,84 @@ def test_an_encoded_set_is_trained_on_through_the_loader(raw: Path, tmp_path: Pa
     assert batch["codes"].shape == (4, *GRID)
     assert batch["captions"] == [f"a {i}" for i in numbers]
     assert batch["labels"].tolist() == [i % 10 for i in numbers]
+
+
+# Clips
+
+
+def encode_clips(clips: np.ndarray) -> np.ndarray:
+    assert clips.ndim == 5
+    return np.stack([encode_images(clip) for clip in clips])
+
+
+def clip(number: int, frames: int = 4) -> list[Image.Image]:
+    return [Image.new("RGB", (SIZE, SIZE), (number * 9, t * 40, 7)) for t in range(frames)]
+
+
+def clip_options(frames: int) -> dict[str, Any]:
+    return {
+        "encode_images": encode_clips,
+        "frames": frames,
+        "encoding": {**ENCODING, "grid": (frames, *GRID), "frames": frames},
+    }
+
+
+@pytest.fixture
+def raw_clips(tmp_path: Path, write_tar: Callable[..., Path]) -> Path:
+    for shard in range(2):
+        members = []
+        for number in range(shard * 4, shard * 4 + 4):
+            members += [
+                (f"{number}.webp", animation(clip(number), "WEBP", 100)),
+                (f"{number}.txt", b"a clip"),
+                (f"{number}.cls", b"%d" % number),
+            ]
+        write_tar(f"clips/{shard}.tar", members)
+    build_index(tmp_path / "clips", progress=False)
+    return tmp_path / "clips"
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4])
+def test_the_first_frames_of_clips_are_encoded(raw_clips: Path, tmp_path: Path, frames: int) -> None:
+    manifest = run(raw_clips, tmp_path / "out", **clip_options(frames))
+    assert manifest.encoding == {**ENCODING, "grid": [frames, *GRID], "frames": frames}
+    encoded = ShardSet(tmp_path / "out")
+    for i in range(8):
+        sample = encoded.read_encoded(i)
+        pixels = np.stack([np.asarray(frame) for frame in clip(i)[:frames]])
+        assert sample.codes.dtype == np.uint16
+        np.testing.assert_array_equal(sample.codes, encode_images(pixels))
+        assert (sample.caption, sample.label) == ("a clip", i)
+    batch = collate_codes([encoded.read_encoded(i) for i in range(3)])
+    assert batch["codes"].shape == (3, frames, *GRID)
+
+
+def test_of_clips_that_are_encoded_as_stills_the_first_frame_counts(raw_clips: Path, tmp_path: Path) -> None:
+    manifest = run(raw_clips, tmp_path / "out")
+    assert "frames" not in manifest.encoding  # recorded as pictures always were
+    np.testing.assert_array_equal(
+        ShardSet(tmp_path / "out").read_encoded(5).codes, encode_images(np.asarray(clip(5)[0])[None])[0]
+    )
+
+
+def test_a_clip_with_too_few_frames_is_named(raw_clips: Path, raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sample '0' of shard .*0\.tar has 4 of 5 frames: ask for fewer"):
+        run(raw_clips, tmp_path / "out", **clip_options(5))
+    with pytest.raises(ValueError, match=r"sample '000000' of shard .*00000\.tar has 1 of 4 frames"):
+        run(raw, tmp_path / "out", **clip_options(4))
+
+
+def test_clips_and_what_is_said_of_them_have_to_agree(raw_clips: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for changes, message in (
+        ({"frames": 3}, "the encoding says 4 frames, frames is 3"),
+        ({"frames": None}, "the encoding says 4 frames, frames is None"),
+        ({"encoding": ENCODING}, "the encoding says None frames, frames is 4"),
+        (clip_options(0), "clips of 0 frames hold nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(raw_clips, out, **(clip_options(4) | changes))
+    assert not out.exists()
+    run(raw_clips, out)
+    with pytest.raises(ValueError, match=r"encoded differently \(grid .*frames None there, 4 now\)"):
+        run(raw_clips, out, **clip_options(4))

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import itertools
 import struct
 import zlib
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.images import center_crop_resize, open_rgb
+from data_pipeline.images import animation, center_crop_resize, open_frames, open_rgb, verify_frames
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -162,3 +163,92 @@ def test_shrinking_averages_rather_than_skips() -> None:
     stripes[:, ::2] = 255
     result = center_crop_resize(Image.fromarray(stripes), 16).astype(int)
     assert np.abs(result - 127).max() <= 12
+
+
+# Animations
+
+
+def colored(*numbers: int) -> list[Image.Image]:
+    return [Image.new("RGB", (20, 12), (number * 40, 0, 255)) for number in numbers]
+
+
+def numbers_of(frames: list[Image.Image]) -> list[int]:
+    assert all((frame.mode, frame.size) == ("RGB", (20, 12)) for frame in frames)
+    return [np.asarray(frame)[0, 0, 0] // 40 for frame in frames]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
+@pytest.mark.parametrize("numbers", [[1, 2, 3], [1, 1, 2, 3], [1, 2, 2, 2, 3], [3, 2, 1, 1]])
+def test_frames_come_back_also_where_equal_ones_were_merged(kind: str, numbers: list[int]) -> None:
+    frames = colored(*numbers)
+    data = (
+        animation(frames, kind, 100)
+        if kind == "WEBP"
+        else encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=100)
+    )
+    assert numbers_of(open_frames(data)) == numbers
+    assert numbers_of([open_rgb(data)]) == numbers[:1]
+    assert verify_frames(data) == (20, 12)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.sampled_from([10, 33, 250]))
+def test_any_animation_keeps_its_frames_and_how_long_they_are_shown(numbers: list[int], frame_ms: int) -> None:
+    back = numbers_of(open_frames(animation(colored(*numbers), "WEBP", frame_ms)))
+    # An animation says how long frames are shown, not how often they were given: three equal pairs are three frames.
+    runs = [(number, len(list(run))) for number, run in itertools.groupby(numbers)]
+    briefest = min(length for _, length in runs)
+    expected = [number for number, length in runs for _ in range(round(length / briefest))]
+    assert back == expected
+
+
+def test_a_frame_without_a_time_is_one_frame() -> None:
+    frames = colored(1, 2, 3)
+    for durations in ([0, 0, 0], [100, 0, 100], [0, 100, 100]):
+        data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=durations)
+        assert numbers_of(open_frames(data)) == [1, 2, 3]
+
+
+def test_a_gif_plays_as_long_as_its_clip() -> None:
+    image = Image.open(io.BytesIO(animation(colored(1, 1, 2), "GIF", 200)))
+    shown = []
+    for number in range(image.n_frames):
+        image.seek(number)
+        shown.append(image.info["duration"])
+    assert sum(shown) == 600
+    assert image.info["loop"] == 0
+
+
+def test_a_still_picture_is_one_frame() -> None:
+    for kind in ("PNG", "JPEG", "WEBP"):
+        assert len(open_frames(encoded(noise(), kind))) == 1
+
+
+def test_a_damaged_later_frame_is_found() -> None:
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)) for _ in range(3)]
+    data = bytearray(encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]))
+    last = data.rindex(b"fdAT")
+    data[last + 8 : last + 200] = bytes(192)
+    assert open_rgb(bytes(data)).size == (40, 40)  # the first frame is whole
+    for look in (open_frames, verify_frames):
+        with pytest.raises(ValueError, match="undecodable picture"):
+            look(bytes(data))
+    webp = animation(frames, "WEBP", 100)
+    damaged = bytearray(webp)
+    last = webp.rindex(b"VP8L")
+    damaged[last + 13 :] = bytes(len(webp) - last - 13)
+    for look in (open_frames, verify_frames):
+        with pytest.raises(ValueError, match="undecodable picture"):
+            look(bytes(damaged))
+    assert open_rgb(bytes(damaged)).size == (40, 40)
+
+
+def test_a_jpeg_of_two_views_is_a_still_picture() -> None:
+    first, second = colored(1, 2)
+    stream = io.BytesIO()
+    first.save(stream, "MPO", save_all=True, append_images=[second])
+    data = stream.getvalue()
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    assert len(open_frames(data)) == 1
+    assert len(open_frames(data[: data.rindex(b"\xff\xd8") + 20])) == 1  # a cut second view is nobody's loss

@@ -71,6 +71,10 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
         save_all=True,
         append_images=[Image.new("RGB", (32, 32))],
     )
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
+    whole = encoded(Image.new("RGB", (32, 32)), "WEBP", save_all=True, append_images=[noise], lossless=True)
+    cut_animation = whole[: (start := whole.rindex(b"VP8L") + 13)] + bytes(len(whole) - start)
+    assert open_rgb(cut_animation).size == (32, 32), "the first frame is whole"
     long_caption = "wörter " * 1428 + "ende"
     assert len(long_caption) == 10_000
     caption = ("txt", b"a caption")
@@ -85,6 +89,7 @@ def test_every_unusual_input_is_handled_or_set_aside_with_its_cause(
         ("from-json", [("jpeg", picture(kind="JPEG")), ("json", b'{"caption": "said in json"}')], None),
         ("byte-order-mark", [("png", good), ("txt", b"\xef\xbb\xbfmarked")], None),
         ("cut-picture", [("png", good[: len(good) // 2]), caption], "undecodable_image"),
+        ("cut-animation", [("webp", cut_animation), caption], "undecodable_image"),
         ("no-bytes", [("png", b""), caption], "undecodable_image"),
         ("gif", [("png", encoded(Image.new("RGB", (32, 32)), "GIF")), caption], "undecodable_image"),
         ("one-pixel", [("png", encoded(Image.new("RGB", (1, 1)), "PNG")), caption], "too_small_image"),

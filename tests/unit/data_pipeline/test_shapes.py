@@ -1,7 +1,5 @@
-import json
 from collections import Counter
-from itertools import combinations, pairwise
-from pathlib import Path
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.geneval_text import prompt_for
-from data_pipeline.index import ShardSet, build_index
 from data_pipeline.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -26,9 +23,10 @@ from data_pipeline.shapes import (
     ShapesSample,
     evaluation_metadata,
     ground_truth,
+    label_of,
     shape_mask,
+    single_object_sample,
     training_sample,
-    write_shards,
 )
 
 COMBINATIONS = {"two_object", "position", "color_attr"}
@@ -228,75 +226,23 @@ def test_pictures_show_their_objects_in_their_colors(training: list[ShapesSample
             assert (sample.image[inside] == COLORS[placed.color]).all()
 
 
-def tars(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+def test_pictures_of_one_object_are_of_all_classes_and_half_of_the_captions_name_the_color() -> None:
+    samples = [single_object_sample(3, index) for index in range(400)]
+    for sample in samples:
+        check(sample)
+        (placed,) = sample.objects
+        assert SHAPES[label_of(sample)] == placed.shape
+    counts = Counter(label_of(sample) for sample in samples)
+    assert set(counts) == set(range(8))
+    assert min(counts.values()) >= 25  # 50 on average
+    tags = Counter(sample.metadata["tag"] for sample in samples)
+    assert set(tags) == {"single_object", "colors"}
+    assert 160 < tags["colors"] < 240
+    assert {sample.objects[0].color for sample in samples} == set(COLORS)
 
 
-def test_shards_have_the_same_bytes_whoever_writes_them(tmp_path: Path) -> None:
-    write_shards(tmp_path / "one", 25, seed=1, shard_size=10, workers=1)
-    write_shards(tmp_path / "two", 25, seed=1, shard_size=10, workers=2)
-    assert list(tars(tmp_path / "one")) == [f"shapes-{n:06d}.tar" for n in range(3)]
-    assert tars(tmp_path / "one") == tars(tmp_path / "two")
-    write_shards(tmp_path / "other", 25, seed=2, shard_size=10, workers=1)
-    assert all(a != b for a, b in zip(tars(tmp_path / "one").values(), tars(tmp_path / "other").values(), strict=True))
-
-
-def test_an_interrupted_set_is_finished_without_touching_what_is_there(tmp_path: Path) -> None:
-    write_shards(tmp_path, 25, shard_size=10, workers=1)
-    whole = tars(tmp_path)
-    (tmp_path / "shapes-000001.tar").unlink()
-    (tmp_path / ".shapes-000001.tar.partial.host.1").write_bytes(b"half")
-    kept = (tmp_path / "shapes-000002.tar").stat().st_mtime_ns
-    write_shards(tmp_path, 25, shard_size=10, workers=1)
-    assert tars(tmp_path) == whole
-    assert (tmp_path / "shapes-000002.tar").stat().st_mtime_ns == kept
-
-
-def test_an_indexed_set_that_is_made_again_is_none_until_it_is_indexed(tmp_path: Path) -> None:
-    write_shards(tmp_path, 12, shard_size=10, workers=1)
-    build_index(tmp_path, progress=False)
-    write_shards(tmp_path, 12, shard_size=10, workers=1)
-    assert len(ShardSet(tmp_path)) == 12, "nothing was written, so the index is still right"
-    (tmp_path / "shapes-000001.tar").unlink()
-    write_shards(tmp_path, 12, shard_size=10, workers=1)
-    assert not (tmp_path / "manifest.json").exists()
-
-
-def test_a_set_made_with_other_numbers_is_refused(tmp_path: Path) -> None:
-    write_shards(tmp_path, 12, shard_size=10, workers=1)
-    before = tars(tmp_path)
-    for numbers in ({"samples": 13}, {"samples": 12, "seed": 1}, {"samples": 12, "shard_size": 6}):
-        with pytest.raises(ValueError, match="choose another folder"):
-            write_shards(tmp_path, **{"shard_size": 10, "workers": 1} | numbers)
-    assert tars(tmp_path) == before
-    (tmp_path / "shapes.json").write_bytes(b"\xff{")
-    with pytest.raises(ValueError, match="choose another folder"):
-        write_shards(tmp_path, 12, shard_size=10, workers=1)
-
-
-def test_other_tars_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "shapes-000000.tar").write_bytes(b"of another set")
-    with pytest.raises(ValueError, match=r"shapes-000000\.tar was not made by this command; choose another folder"):
-        write_shards(tmp_path, 12, shard_size=10, workers=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["shapes-000000.tar"]
-
-
-@pytest.mark.parametrize("numbers", [{"samples": 0}, {"shard_size": 0}, {"workers": 0}, {"samples": -5}])
-def test_numbers_below_one_are_refused(tmp_path: Path, numbers: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1"):
-        write_shards(tmp_path / "out", **{"samples": 4} | numbers)
-    assert not (tmp_path / "out").exists()
-
-
-def test_shards_hold_the_samples(tmp_path: Path, training: list[ShapesSample]) -> None:
-    write_shards(tmp_path, 25, shard_size=10, workers=1)
-    build_index(tmp_path, progress=False)
-    shards = ShardSet(tmp_path)
-    assert len(shards) == 25
-    keys = [shards.key(i) for i in range(25)]
-    assert all(int(b) - int(a) == 1 for a, b in pairwise(keys))
-    for i in range(25):
-        sample = shards.read_raw(i)
-        assert sample.caption == training[i].caption
-        assert sample.label == SHAPES.index(training[i].objects[0].shape)
-        assert json.loads(shards.members(i, ["json"])["json"]) == training[i].metadata
+def test_a_picture_of_one_object_is_a_function_of_seed_and_index_and_no_training_picture() -> None:
+    pictures = {single_object_sample(seed, index).image.tobytes() for seed in (0, 1) for index in range(20)}
+    assert len(pictures) == 40
+    assert single_object_sample(1, 19).image.tobytes() in pictures
+    assert not pictures & {training_sample(seed, index).image.tobytes() for seed in (0, 1) for index in range(20)}

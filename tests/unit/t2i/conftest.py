@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.index import build_index
-from data_pipeline.shapes import write_shards
+from data_pipeline.shapes_set import write_shards
 from t2i.encoding import encode
 
 # Times of single examples say little on a busy machine.
@@ -70,5 +70,24 @@ def encoded_shapes(raw_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("encoded")
     threads = torch.get_num_threads()
     encode(raw_shapes, out, tokenizer="shapes", image_size=64, batch_size=16)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="session")
+def raw_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An indexed raw set of 24 clips of four frames in one shard."""
+    root = tmp_path_factory.mktemp("clips")
+    write_shards(root, 24, seed=0, shard_size=24, workers=1, frames=4)
+    build_index(root, progress=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def encoded_clips(raw_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same set, encoded with the shipped tokenizer."""
+    out = tmp_path_factory.mktemp("encoded-clips")
+    threads = torch.get_num_threads()
+    encode(raw_clips, out, tokenizer="shapes", image_size=64, frames=4, batch_size=16)
     torch.set_num_threads(threads)
     return out

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_models import small_config, small_model
 
+from data_pipeline.images import open_frames
 from data_pipeline.index import load_manifest
 from t2i import cli
-from t2i.vq import vq_folder
+from t2i.config import SampleConfig
+from t2i.pipeline import Provenance, TextToImagePipeline
+from t2i.vq import VQConfig, VQModel, vq_folder
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = {
@@ -24,6 +28,7 @@ COMMANDS = {
     "sample": "--guidance-scale",
     "geneval": "run",
     "geneval run": "--images-per-prompt",
+    "score-classes": "--samples",
 }
 
 
@@ -79,6 +84,10 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
         (["sample", "OUT", "a star"], "is no export"),
         (["sample", "OUT", "a star", "--images", "0"], "0 images of each"),
         (["geneval", "run", "OUT"], "is no export"),
+        (["score-classes", "OUT"], "is no export"),
+        (["data", "shapes", "--out", "OUT", "--frames", "2"], "clips of 2 frames cannot be made"),
+        (["data", "shapes", "--out", "OUT", "--frames", "4", "--single-object"], "not both"),
+        (["sample", "OUT", "3", "--frame-ms", "5"], "frames of 5 ms are too short"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -128,6 +137,62 @@ def test_a_folder_of_the_wrong_kind_is_one_line_and_exit_code_2(
     assert not out.exists()
 
 
+def class_export(folder: Path, grid: tuple[int, ...]) -> Path:
+    """An untrained model of four classes for 16x16 pixels."""
+    vq = VQModel(VQConfig(base_channels=32, channel_multipliers=(1, 1, 1), codebook_size=11))
+    model = small_model(small_config(grid, condition="class"))
+    TextToImagePipeline(model, vq, None, SampleConfig(), 16, Provenance("test", 1)).save_pretrained(folder)
+    return folder
+
+
+def test_classes_of_a_video_model_are_sampled_as_an_animation_or_as_film_strips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = class_export(tmp_path / "video", (3, 4, 4))
+    ask = ("sample", folder, "3", "1", "--images", "2", "--out")
+    assert call(monkeypatch, *ask, tmp_path / "new" / "clips.webp", "--frame-ms", "90") == 0
+    assert f"4 clips in {tmp_path / 'new' / 'clips.webp'}" in capsys.readouterr().out
+    with Image.open(tmp_path / "new" / "clips.webp") as image:
+        assert (image.n_frames, image.size) == (3, (2 * 18 - 2, 2 * 18 - 2))
+        image.load()
+        assert image.info["duration"] == 90
+    assert call(monkeypatch, *ask, tmp_path / "clips.png") == 0
+    assert Image.open(tmp_path / "clips.png").size == (2 * (3 * 18 - 2) + 8, 2 * 16 + 8)
+    frames = open_frames((tmp_path / "new" / "clips.webp").read_bytes())
+    strips = Image.open(tmp_path / "clips.png")
+    for t, frame in enumerate(frames):  # the same clips either way: here the second one of the first class
+        assert strips.crop((60 + 18 * t, 0, 76 + 18 * t, 16)).tobytes() == frame.crop((18, 0, 34, 16)).tobytes()
+
+
+def test_a_class_model_of_pictures_is_sampled_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = class_export(tmp_path / "pictures", (4, 4))
+    for name in ("a.png", "a.webp", "a.gif"):
+        assert call(monkeypatch, "sample", folder, "0", "3", "--images", "3", "--out", tmp_path / name) == 0
+        with Image.open(tmp_path / name) as image:
+            assert (image.size, getattr(image, "n_frames", 1)) == ((3 * 18 - 2, 2 * 18 - 2), 1)
+    capsys.readouterr()
+    for arguments, message in (
+        (("0", "--out", tmp_path / "a.webp", "--frame-ms", "100"), "draws still pictures; leave it out"),
+        (("star",), "draws classes; give whole numbers, not 'star'"),
+        (("4",), "4 is no class of this model; give whole numbers from 0 to 3"),
+    ):
+        assert call(monkeypatch, "sample", folder, *arguments) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_pace_for_film_strips_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = class_export(tmp_path / "video", (3, 4, 4))
+    assert call(monkeypatch, "sample", folder, "0", "--out", tmp_path / "a.png", "--frame-ms", "100") == 2
+    assert (
+        "a.png is a still picture; leave it out, or write clips of a video model to a .webp" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "t2i.cli", "sample", str(tmp_path), "a photo of a star"],
@@ -172,9 +237,9 @@ def test_data_commands_work(
 def test_ctrl_c_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipeline.shapes.write_shards", interrupted)
+    monkeypatch.setattr("data_pipeline.shapes_set.write_shards", interrupted)
     assert call(monkeypatch, "data", "shapes", "--out", tmp_path / "set") == 130
     assert capsys.readouterr().err == "interrupted; nothing half written will be used, run the same command again\n"

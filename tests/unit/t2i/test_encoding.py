@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.images import CROP_POLICY, center_crop_resize, open_rgb
+from data_pipeline.images import CROP_POLICY, center_crop_resize, open_frames, open_rgb
 from data_pipeline.index import ShardSet, load_manifest
 from t2i.encoding import encode
 from t2i.text_encoder import TextEncoder, TextEncoderConfig, text_encoder_sha256, train_sentencepiece
@@ -67,6 +67,19 @@ def test_text_states_are_those_of_each_caption_alone(raw_shapes: Path, tmp_path:
         assert sample.states.shape == states[0].shape
         assert bool(mask.all())
         torch.testing.assert_close(sample.states.float(), states[0], rtol=1e-2, atol=1e-2)
+
+
+def test_clips_are_encoded_frame_by_frame(raw_clips: Path, encoded_clips: Path) -> None:
+    raw, encoded, vq = ShardSet(raw_clips), ShardSet(encoded_clips), load_vq("shapes")
+    encoding = encoded.manifest.encoding
+    assert encoding is not None
+    assert (encoding["grid"], encoding["frames"], encoding["tokenizer_sha256"]) == ([4, 8, 8], 4, vq_sha256("shapes"))
+    for i in (0, 10, 23):
+        sample, source = encoded.read_encoded(i), raw.read_raw(i)
+        assert (sample.key, sample.caption, sample.label) == (source.key, source.caption, source.label)
+        pictures = np.stack([np.asarray(frame) for frame in open_frames(source.image)])
+        with torch.no_grad():
+            np.testing.assert_array_equal(sample.codes, vq.encode(images_to_tensor(pictures)))
 
 
 def test_each_rank_encodes_its_shards_and_the_last_one_the_manifest(

@@ -49,6 +49,13 @@ def class_pipe() -> TextToImagePipeline:
     return TextToImagePipeline(model, VQModel(VQ), None, SAMPLE, 8, Provenance("test", 3))
 
 
+@pytest.fixture
+def video_pipe() -> TextToImagePipeline:
+    torch.manual_seed(0)
+    model = small_model(small_config((3, 4, 4), condition="class"))
+    return TextToImagePipeline(model, VQModel(VQ), None, SAMPLE, 8, Provenance("test", 3))
+
+
 def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
@@ -255,3 +262,54 @@ def test_an_export_cut_off_while_it_is_written_over_is_none(
         pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is no export: it has no config\.json"):
         TextToImagePipeline.from_pretrained(tmp_path)
+
+
+# Clips
+
+
+def clip_pixels(clips: list[list[Image.Image]]) -> np.ndarray:
+    return np.stack([pixels(frames) for frames in clips])
+
+
+def test_a_clip_for_each_class_whatever_the_batch(video_pipe: TextToImagePipeline) -> None:
+    clips = clip_pixels(video_pipe.clips([1, 3, 0], seed=5))
+    assert (clips.shape, clips.dtype) == ((3, 3, 8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(clips, clip_pixels(video_pipe.clips([1, 3, 0], seeds=[5, 6, 7], batch_size=2)))
+    np.testing.assert_array_equal(clips[1:2], clip_pixels(video_pipe.clips(3, seed=6)))
+    assert (clip_pixels(video_pipe.clips([1, 3, 0], seed=6)) != clips).any()
+
+
+def test_frames_are_what_the_tokenizer_makes_of_their_tokens_alone(video_pipe: TextToImagePipeline) -> None:
+    tokens = torch.randint(11, (2, 3, 4, 4), generator=torch.Generator().manual_seed(1))
+    decoded = video_pipe.decode(tokens)
+    for clip, clip_tokens in zip(decoded, tokens, strict=True):
+        np.testing.assert_array_equal(clip, video_pipe.decode(clip_tokens))  # three frames as a batch of pictures
+
+
+def test_a_saved_video_model_draws_the_same_clips(video_pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    video_pipe.save_pretrained(tmp_path)
+    loaded = TextToImagePipeline.from_pretrained(tmp_path)
+    assert loaded.draws_clips
+    np.testing.assert_array_equal(
+        clip_pixels(loaded.clips([0, 3], seed=0)), clip_pixels(video_pipe.clips([0, 3], seed=0))
+    )
+
+
+def test_a_video_model_of_captions_draws_clips(text_encoder: TextEncoder) -> None:
+    model = small_model(small_config((2, 4, 4), condition_dim=8, max_condition=32))
+    pipe = TextToImagePipeline(model, VQModel(VQ), text_encoder, SAMPLE, 8, Provenance("test", 3))
+    assert clip_pixels(pipe.clips(PROMPTS, seed=0)).shape == (2, 2, 8, 8, 3)
+
+
+def test_clips_and_pictures_each_have_their_method(
+    video_pipe: TextToImagePipeline, class_pipe: TextToImagePipeline
+) -> None:
+    assert (video_pipe.draws_clips, class_pipe.draws_clips) == (True, False)
+    with pytest.raises(ValueError, match="this model draws clips, not pictures; call its method `clips`"):
+        video_pipe([0], seed=0)
+    with pytest.raises(ValueError, match="this model draws pictures, not clips; call it instead"):
+        class_pipe.clips([0], seed=0)
+    with pytest.raises(ValueError, match="4 is no class"):
+        video_pipe.clips([0, 4])
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
+        video_pipe.clips([0, 1], seeds=[1])

@@ -3,8 +3,23 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import clips
+from data_pipeline.shapes import SHAPES
 from t2i.config import to_json
-from t2i.recipes import PRESETS, RECIPES, find_recipe, nar_xl_256, nar_xl_512, shapes_small, shapes_tiny
+from t2i.model import parameter_count
+from t2i.recipes import (
+    PRESETS,
+    RECIPES,
+    VIDEO_SAMPLE,
+    find_recipe,
+    nar_video,
+    nar_xl_256,
+    nar_xl_512,
+    shapes_classes,
+    shapes_clips,
+    shapes_small,
+    shapes_tiny,
+)
 from t2i.vq import load_vq
 
 
@@ -57,8 +72,43 @@ def test_the_published_stages() -> None:
     assert replace(second.model, grid=(16, 16)) == first.model
 
 
-@pytest.mark.parametrize("recipe", [shapes_tiny(), shapes_small()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("size", PRESETS)
+def test_a_video_model_has_one_more_axis_than_the_image_model_of_its_size(size: str) -> None:
+    video, image = nar_video(size), PRESETS[size]()
+    assert (video.n_layer, video.n_head, video.width) == (image.n_layer, image.n_head, image.width)
+    assert (video.grid, video.positions, video.zero_init_heads) == ((4, 16, 16), "learned", "all")
+    assert (video.condition, video.num_classes) == ("class", 101)
+    assert sum(video.grid) - 3 + 1 == 34  # passes
+    width = video.width
+    more = {
+        "block": 4 * width**2 + 3 * width * video.hidden + 2 * width,
+        "head": width + width * video.vocab_size,
+        "positions": (1 + 4 * 16 * 16) * width,
+        "classes": (101 - 1000) * width,
+    }
+    assert parameter_count(video) == parameter_count(replace(image, condition="class")) + sum(more.values())
+
+
+def test_video_models_of_other_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="no model size 'S'; sizes are B, M, L, XL, XXL"):
+        nar_video("S")
+
+
+def test_shapes_recipes_of_classes_and_clips() -> None:
+    pictures, moving = shapes_classes(), shapes_clips()
+    assert pictures.model.condition == moving.model.condition == "class"
+    assert pictures.model.num_classes == len(SHAPES)
+    assert len(pictures.train.sample_prompts) == 8
+    assert (moving.model.grid, moving.model.positions, moving.model.zero_init_heads) == ((4, 8, 8), "learned", "all")
+    assert moving.model.num_classes == clips.CLASSES
+    assert {clips.clip_meaning(int(prompt))[1] for prompt in moving.train.sample_prompts} == set(clips.DIRECTIONS)
+    assert moving.sample.guidance_scale == VIDEO_SAMPLE.guidance_scale == 1.25
+
+
+@pytest.mark.parametrize(
+    "recipe", [shapes_tiny(), shapes_small(), shapes_classes(), shapes_clips()], ids=lambda recipe: recipe.name
+)
 def test_shapes_recipes_fit_the_shipped_tokenizer(recipe) -> None:  # type: ignore[no-untyped-def]
     vq = load_vq(recipe.tokenizer)
     assert recipe.model.vocab_size == vq.config.codebook_size
-    assert recipe.model.grid == (recipe.image_size // vq.config.stride,) * 2
+    assert recipe.model.grid[-2:] == (recipe.image_size // vq.config.stride,) * 2

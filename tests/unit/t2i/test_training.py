@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from data_pipeline.index import ShardSet
 from t2i import train
 from t2i.checkpoint import CheckpointInfo, Inputs
-from t2i.config import Recipe, TrainConfig, to_json
+from t2i.config import DataConfig, Recipe, TrainConfig, to_json
 from t2i.encoding import encode
 from t2i.engine import read_deepspeed_config
-from t2i.recipes import RECIPES, shapes_tiny
+from t2i.recipes import RECIPES, shapes_clips, shapes_tiny
 from t2i.text_encoder import TextEncoder
 from t2i.training import Trainer, _mix, _Window, check_data, check_resumable, inputs_of, lr_at, vocabulary_of
 from t2i.vq import VQConfig, VQModel
@@ -94,6 +94,17 @@ def test_shards_that_do_not_fit_the_recipe_are_refused(recipe: Recipe, changes: 
         recipe = replace(recipe, **{name: new})
     with pytest.raises(ValueError, match=message):
         check(recipe)
+
+
+def test_pictures_and_clips_are_not_taken_for_each_other(
+    recipe: Recipe, encoded_shapes: Path, encoded_clips: Path
+) -> None:
+    small = DataConfig(path=encoded_clips, lanes=8, validation=8)
+    check(replace(shapes_clips(), data=small))
+    with pytest.raises(ValueError, match=r"encoded with grid \[4, 8, 8\] and recipe shapes-tiny needs \[8, 8\]"):
+        check(replace(recipe, data=small))
+    with pytest.raises(ValueError, match=r"encoded with grid \[8, 8\] and recipe shapes-clips needs \[4, 8, 8\]"):
+        check(replace(shapes_clips(), data=replace(small, path=encoded_shapes)))
 
 
 def test_shards_of_another_tokenizer_are_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -275,7 +286,7 @@ def test_the_configurations_that_come_along_are_accepted(path: Path) -> None:
 def test_the_quickstarts_batch_divides_into_its_lanes() -> None:
     config = read_deepspeed_config(next(path for path in CONFIGS if path.stem == "cpu"))
     batch = 2 * config["train_micro_batch_size_per_gpu"] * config.get("gradient_accumulation_steps", 1)
-    for name in ("shapes-tiny", "shapes-small"):
+    for name in ("shapes-tiny", "shapes-small", "shapes-classes", "shapes-clips"):
         assert batch % RECIPES[name]().data.lanes == 0
 
 

@@ -9,7 +9,7 @@ import scipy.stats
 from rich.console import Console
 
 from data_pipeline.geneval_text import TAGS
-from eval.geneval.statistics import Interval, bootstrap_means, score_table, summarize
+from eval.geneval.statistics import Interval, bootstrap_means, score_table, summarize, wilson_interval
 
 
 def rows_of(tag: str, right: list[int], images: int = 4) -> list[dict[str, Any]]:
@@ -100,6 +100,15 @@ def rendered(table: Any) -> str:
 
 def test_interval_reads_well() -> None:
     assert str(Interval(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 8), (8, 8), (1, 3), (37, 128), (128, 128), (1, 1)])
+def test_wilsons_interval_agrees_with_scipy(right: int, total: int) -> None:
+    ours = wilson_interval(right, total)
+    theirs = scipy.stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
+    assert ours.value == right / total
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert 0 <= ours.low <= ours.value <= ours.high <= 1
 
 
 def test_nothing_to_summarise_and_unknown_tasks_are_errors() -> None:
