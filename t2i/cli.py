@@ -236,6 +236,10 @@ def sample(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    guidance_share: float = 1.0,
+    zipar_window: int | None = None,
+    zipar_adaptive: bool = False,
+    watch: Path | None = None,
     frame_ms: int | None = None,
     device: str | None = None,
 ) -> None:
@@ -252,12 +256,16 @@ def sample(
         temperature: 0 takes the likeliest token.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the likeliest tokens up to this probability mass.
+        guidance_share: Share of the passes, from the first on, that are guided.
+        zipar_window: Decode a raster model with ZipAR: tokens of a row after which the next one starts.
+        zipar_adaptive: Take that window as the least.
+        watch: A .webp or .gif to write as well, an animation of the pictures coming into being.
         frame_ms: How long a frame of an animation is shown, in milliseconds; 250 when not given.
         device: Where to run; the first GPU or the processor when not given.
     """
     from PIL.Image import registered_extensions
 
-    from t2i.clips import ANIMATED, save_clips
+    from t2i.clips import ANIMATED, Recording, save_clips
     from t2i.devices import choose_device
     from t2i.pipeline import DrawOptions, TextToImagePipeline, picture_grid
 
@@ -280,12 +288,23 @@ def sample(
         raise ValueError(f"frame_ms is {frame_ms} and {what}; leave it out, or write clips of a video model to a .webp")
     options: DrawOptions = {
         "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "progress": True,
+        "guidance_share": guidance_share, "zipar_window": zipar_window, "zipar_adaptive": zipar_adaptive,
     }  # fmt: skip
+    recording = Recording(pipe, images)
+    if watch is not None:
+        if watch.suffix.lower() not in ANIMATED or zipar_adaptive:
+            reason = (
+                "adaptive windows draw one picture after the other" if zipar_adaptive else "no animation's file name"
+            )
+            raise ValueError(f"cannot write {watch}: {reason}; give a .webp or .gif, and a fixed window for ZipAR")
+        options |= {"watch": recording, "batch_size": len(conditions)}  # all in one, to come into being together
     out.parent.mkdir(parents=True, exist_ok=True)
     if pipe.draws_clips:
         save_clips(pipe.clips(conditions, seed, **options), out, images, 250 if frame_ms is None else frame_ms)
     else:
         picture_grid(pipe(conditions, seed, **options), columns=images).save(out)
+    if watch is not None:
+        recording.save(watch)
     print(f"{len(conditions)} {'clips' if pipe.draws_clips else 'pictures'} in {out}")
 
 

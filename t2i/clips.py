@@ -1,4 +1,4 @@
-"""Clips side by side: as one animation, or as film strips in one picture.
+"""Clips side by side, as one animation or as film strips in one picture, and animations of samples coming into being.
 
 Shape of arguments: clips are lists of frames, all of one length and size.
 """
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.atomic import write_bytes
 from data_pipeline.images import animation
-from t2i.pipeline import picture_grid
+from t2i.pipeline import TextToImagePipeline, picture_grid
 
 ANIMATED = {".webp": "WEBP", ".gif": "GIF"}
 """Suffixes of file names that hold animations, and their formats."""
@@ -38,3 +39,29 @@ def save_clips(clips: Clips, path: Path, columns: int, frame_ms: int) -> None:
     else:
         pages = [picture_grid(frames, columns) for frames in zip(*clips, strict=True)]
         write_bytes(path, animation(pages, kind, frame_ms))
+
+
+PASS_MS, LAST_PASSES = 80, 20  # how long a pass is shown, and for how many of them the finished samples
+
+
+class Recording:
+    """Samples coming into being: given to a pipeline as `watch`, it keeps a page for each pass."""
+
+    def __init__(self, pipe: TextToImagePipeline, columns: int) -> None:
+        """`columns` pictures, or film strips of clips, in a row."""
+        self._pipe, self._columns = pipe, columns
+        self.pages: list[Image.Image] = []
+
+    def __call__(self, number: int, tokens: Tensor) -> None:
+        pixels = self._pipe.unfinished(tokens)
+        if pixels.ndim == 5:
+            clips = [[Image.fromarray(frame) for frame in clip] for clip in pixels]
+            self.pages.append(film_strips(clips, self._columns))
+        else:
+            self.pages.append(picture_grid([Image.fromarray(picture) for picture in pixels], self._columns))
+
+    def save(self, path: Path) -> None:
+        """Write the animation, to a name in `.webp` or `.gif`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pages = self.pages + self.pages[-1:] * LAST_PASSES
+        write_bytes(path, animation(pages, ANIMATED[path.suffix.lower()], PASS_MS))

@@ -64,7 +64,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("data", "tokenizer", "encode", "export", "convert", "sample", "geneval"):
+    for command in ("data", "tokenizer", "encode", "export", "convert", "sample", "bench", "geneval"):
         assert command in done.stdout
 
 
@@ -87,6 +87,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
         (["score-classes", "OUT"], "is no export"),
         (["data", "shapes", "--out", "OUT", "--frames", "2"], "clips of 2 frames cannot be made"),
         (["data", "shapes", "--out", "OUT", "--frames", "4", "--single-object"], "not both"),
+        (["bench", "decode", "--sizes", "Q"], "no size 'Q'"),
         (["sample", "OUT", "3", "--frame-ms", "5"], "frames of 5 ms are too short"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -180,6 +181,18 @@ def test_a_class_model_of_pictures_is_sampled_by_number(
     ):
         assert call(monkeypatch, "sample", folder, *arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("grid", "size", "passes"), [((4, 4), (34, 16), 7), ((3, 4, 4), (2 * 52 + 8, 16), 9)])
+def test_samples_are_watched_as_they_come_into_being(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: tuple[int, ...], size: tuple[int, int], passes: int
+) -> None:
+    folder = class_export(tmp_path / "export", grid)
+    ask = ("sample", folder, "0", "--images", "2", "--out", tmp_path / "a.png", "--watch")
+    assert call(monkeypatch, *ask, tmp_path / "new" / "a.webp") == 0
+    with Image.open(tmp_path / "new" / "a.webp") as image:
+        assert (image.n_frames, image.size) == (passes, size)
+    assert call(monkeypatch, *ask, tmp_path / "a.png") == 2
 
 
 def test_a_pace_for_film_strips_is_refused(

@@ -3,6 +3,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from t2i.config import SampleConfig
 from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
 from t2i.text_encoder import TextEncoder, TextEncoderConfig, train_sentencepiece
 from t2i.vq import VQConfig, VQModel, images_to_tensor
+from t2i.wavefronts import levels
+from t2i.zipar import passes_needed
 
 PROMPTS = ["a photo of a red circle", "a photo of a blue star above a heart"]
 SAMPLE = SampleConfig(guidance_scale=2.0, temperature=0.9, top_k=7, top_p=0.95)
@@ -313,3 +316,63 @@ def test_clips_and_pictures_each_have_their_method(
         video_pipe.clips([0, 4])
     with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
         video_pipe.clips([0, 1], seeds=[1])
+
+
+# Decoding on request, and being watched
+
+
+@pytest.fixture
+def raster_pipe() -> TextToImagePipeline:
+    torch.manual_seed(0)
+    model = small_model(small_config((4, 4), condition="class", order="raster"))
+    return TextToImagePipeline(model, VQModel(VQ), None, SAMPLE, 8, Provenance("test", 3))
+
+
+def test_a_raster_model_is_decoded_with_zipar_on_request(raster_pipe: TextToImagePipeline) -> None:
+    passes: list[int] = []
+    draw = partial(raster_pipe.tokens, [0, 3], seed=0, watch=lambda number, _: passes.append(number))
+    raster = draw()
+    assert passes == list(range(16))
+    assert torch.equal(draw(zipar_window=4), raster)
+    passes.clear()
+    assert not torch.equal(draw(zipar_window=1), raster)
+    assert len(passes) == passes_needed(4, 4, 1)
+    assert draw(zipar_window=1, zipar_adaptive=True, progress=True).shape == (2, 4, 4)
+
+
+def test_guidance_can_end_early(class_pipe: TextToImagePipeline) -> None:
+    options = {"guidance_scale": 4.0, "temperature": 0.0}
+    whole, half, none = (class_pipe.tokens(1, 0, guidance_share=share, **options) for share in (1.0, 0.5, 0.0))
+    assert torch.equal(none, class_pipe.tokens(1, 0, guidance_scale=1.0, temperature=0.0))
+    early = (levels((4, 4)) < 4).view(1, 4, 4)  # the first four passes of seven
+    assert torch.equal(half[early], whole[early])
+    assert not torch.equal(half, whole)
+    assert not torch.equal(half, none)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zipar_window": 1}, "ZipAR decodes pictures of raster models"),
+        ({"zipar_adaptive": True}, "zipar_adaptive needs zipar_window"),
+        ({"guidance_share": 1.5}, r"guidance_share is 1.5; it must be in \[0, 1\]"),
+        ({"guidance_share": 0.5, "zipar_window": 1}, "guidance_share is not for ZipAR"),
+    ],
+)
+def test_ways_to_decode_that_do_not_fit_are_refused(
+    class_pipe: TextToImagePipeline, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        class_pipe(0, **options)
+
+
+@pytest.mark.parametrize("kind", ["class_pipe", "video_pipe"])
+def test_what_is_not_drawn_yet_is_grey(kind: str, request: pytest.FixtureRequest) -> None:
+    pipe: TextToImagePipeline = request.getfixturevalue(kind)
+    seen: list[tuple[torch.Tensor, np.ndarray]] = []
+    final = pipe.tokens([0, 1], 0, watch=lambda _, tokens: seen.append((tokens.clone(), pipe.unfinished(tokens))))
+    assert (seen[-1][1] == pipe.decode(final)).all()
+    for tokens, drawn in seen[:-1]:
+        cells = (tokens < 0).numpy().repeat(2, -2).repeat(2, -1)
+        assert (drawn[cells] == 128).all()
+        assert not (drawn[~cells] == 128).all()
