@@ -147,7 +147,7 @@ def _one_model(
         for variant in variants:
             model = models[raster if variant in ("raster", "zipar") else config]
             with torch.no_grad(), Products(list(model.parameters())) as products:
-                drawn[variant] = ways[variant]()
+                drawn[variant] = ways[variant]()  # this also warms up
             runs[variant] = ways[variant]
             if variant != "naive" and products.products:  # attention on a GPU is another operation
                 floors[variant] = products

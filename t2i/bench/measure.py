@@ -90,24 +90,28 @@ class Timing:
 def alternate(
     variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, label: str
 ) -> dict[str, Timing]:
-    """Run all variants once to warm up and measure memory, then `repeats` times in turn.
+    """Run all variants `repeats` times in turn, the caller having run each once to warm up.
 
     In turn, so that a machine that slows down for a while slows all of them.
     """
     memory = {name: PeakMemory(device) for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    with tqdm(total=(repeats + 1) * len(variants), desc=label, unit="run", leave=False) as bar:
-        for name, run in variants.items():
-            with memory[name]:
-                run()
-            bar.update()
-        for _ in range(repeats):
-            for name, run in variants.items():
-                synchronize(device)
-                begun = time.perf_counter()
-                run()
-                synchronize(device)
-                seconds[name].append(time.perf_counter() - begun)
+
+    def timed(name: str) -> None:
+        synchronize(device)
+        begun = time.perf_counter()
+        variants[name]()
+        synchronize(device)
+        seconds[name].append(time.perf_counter() - begun)
+
+    with tqdm(total=repeats * len(variants), desc=label, unit="run", leave=False) as bar:
+        for repeat in range(repeats):
+            for name in variants:
+                if repeat == 0:
+                    with memory[name]:
+                        timed(name)
+                else:
+                    timed(name)
                 bar.update()
     return {name: Timing(tuple(seconds[name]), memory[name].peak, memory[name].before) for name in variants}
 
