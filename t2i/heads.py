@@ -38,11 +38,12 @@ class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of logits that exist only `LOSS_ROWS` rows at a time, and its gradients in the same go."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MI: Tensor, weight_VI: Tensor, targets_M: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_MI: Tensor, weight_VI: Tensor, targets_M: Tensor, learns: bool) -> Tensor:
+        """`learns`: whether gradients are on, which cannot be seen in here."""
         rows = len(hidden_MI)
         loss = hidden_MI.new_zeros((), dtype=torch.float32)
-        of_hidden_MI = torch.empty_like(hidden_MI) if ctx.needs_input_grad[0] else None
-        of_weight_VI = torch.zeros_like(weight_VI, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        of_hidden_MI = torch.empty_like(hidden_MI) if learns and ctx.needs_input_grad[0] else None
+        of_weight_VI = torch.zeros_like(weight_VI, dtype=torch.float32) if learns and ctx.needs_input_grad[1] else None
         for first in range(0, rows, LOSS_ROWS):
             part = slice(first, first + LOSS_ROWS)
             hidden_mI, targets_m1 = hidden_MI[part], targets_M[part, None]
@@ -67,12 +68,13 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         of_hidden_MI, of_weight_VI = ctx.saved_tensors
         gradient = gradient / ctx.rows  # here, where fp16's loss scale has been multiplied in
         return (
             None if of_hidden_MI is None else of_hidden_MI * gradient.to(of_hidden_MI.dtype),
             None if of_weight_VI is None else (of_weight_VI * gradient).to(ctx.weight_dtype),
+            None,
             None,
         )
 
@@ -113,5 +115,7 @@ class AxisHeads(nn.Module):
         joined, weight_VI = torch.cat(weighted, dim=-1), self.weight.flatten(1)
         if targets_BN is None:
             return product(joined, weight_VI)
-        loss: Tensor = _CrossEntropy.apply(joined.flatten(0, 1), weight_VI, targets_BN.flatten())
+        loss: Tensor = _CrossEntropy.apply(
+            joined.flatten(0, 1), weight_VI, targets_BN.flatten(), torch.is_grad_enabled()
+        )
         return loss

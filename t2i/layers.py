@@ -7,6 +7,7 @@ Shape suffixes: B batch, L sequence, S cached sequence, H heads, K key-value hea
 and I inputs of a linear map.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ def product(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x [..., I] times the transposed weight: [..., O], as `F.linear`.
 
     Without gradients on a processor it is computed as weight times columns, which takes 0.4 to 0.9 of the time for up to
-    some hundred rows, and comes with the strides of that.
+    `THIN_ROWS` rows, and comes with the strides of that.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+    thin = x.device.type == "cpu" and x.dtype == torch.float32 and math.prod(x.shape[:-1]) <= THIN_ROWS
+    if torch.is_grad_enabled() or not thin:
         return F.linear(x, weight_OI)
     return (weight_OI @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+
+
+THIN_ROWS = 512
 
 
 class Linear(nn.Linear):
@@ -105,8 +110,8 @@ def rotate_(x_BLHE: Tensor, table_LE2: Tensor) -> Tensor:
         pairs_BLHe.mul_(torch.view_as_complex(table_LE2)[:, None])
         return x_BLHE
     even, odd = x_BLHE.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table_LE2[:, None].to(x_BLHE.dtype).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    cos, sin = table_LE2[:, None].unbind(-1)  # in fp32, as published: bf16 would blunt the angles
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x_BLHE)
 
 
 class KVCache:
@@ -199,9 +204,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        share = gate.sigmoid()
-        of_up = gradient * (gate * share)
-        return gradient * up * (share * (1 + gate * (1 - share))), of_up
+        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
 
 
 class FeedForward(nn.Module):

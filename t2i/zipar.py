@@ -5,15 +5,16 @@
 The first row is decoded alone. From then on a row starts once the row above has `window` tokens, and every row that has
 started advances by one token a pass: `2 w + (h - 2) window` passes for h x w tokens. In raster order a row's first token
 is predicted from the last token of the row above, which does not exist yet when the row starts: the newest token of the
-row above stands in for it, at its position, and its keys and values are replaced when the real one has been decoded.
+row above that one, in most cases the one right above the missing one, stands in for it, at its position, and its keys
+and values are replaced when the real one has been decoded.
 
 A token attends to the prefix and to what has been decoded of its own row up to itself and of the rows above. With a
 window of a whole row this is raster decoding, token for token.
 
 With `adaptive` windows a row's first token is a proposal at first. After one more token of the row above it is predicted
-again; it is accepted with probability min(1, p_new / p_old), else drawn anew from what p_new has more than p_old
-(Leviathan et al. 2023, arXiv 2211.17192), and proposed again, at the latest until the row above is complete. Pictures
-then differ in their passes and are decoded one after the other.
+again; it is accepted with probability min(1, p_new / q), q being what it was drawn from, else drawn anew from what
+p_new has more than q (Leviathan et al. 2023, arXiv 2211.17192), and proposed again, at the latest until the row above is
+complete. Pictures then differ in their passes and are decoded one after the other.
 
 Shape suffixes: B batch, P prefix, n tokens of one pass, S places of the cache, V vocabulary, N grid tokens.
 """
@@ -72,7 +73,7 @@ class _Decoder:
         stand_ins = [row for row in range(1, self.rows) if self._waits_for(row)]
         last = {row: row * self.columns - 1 for row in stand_ins}
         tokens = [self.tokens_BN[:, position] for position in inputs]
-        tokens += [self.tokens_BN[:, (row - 1) * self.columns + self.decoded[row - 1] - 1] for row in stand_ins]
+        tokens += [self.tokens_BN[:, (row - 2) * self.columns + self.decoded[row - 2] - 1] for row in stand_ins]
         positions = [*inputs, *last.values()]
         targets = [*inputs.values(), *(row * self.columns for row in stand_ins)]
         # What predicts nothing goes first, so that the rest is one slice.
@@ -135,24 +136,26 @@ class _Decoder:
         if proposal is None:
             self.proposals[row] = _Proposal(drawn, scores)
             return drawn if certain else None
-        token, accepted = self._checked(proposal, drawn, scores)
+        checked, accepted = self._checked(proposal, drawn, scores)
         if accepted or certain:
-            return token
-        self.proposals[row] = _Proposal(token, scores)
+            return checked.token
+        self.proposals[row] = checked
         return None
 
-    def _checked(self, proposal: _Proposal, drawn: Tensor, scores: Tensor) -> tuple[Tensor, bool]:
-        """The proposed token and True where it is still likely under the new scores, else another one and False."""
+    def _checked(self, proposal: _Proposal, drawn: Tensor, scores: Tensor) -> tuple[_Proposal, bool]:
+        """The proposal and True where it is still likely under the new scores, else another one and False."""
         if not self.sampler.generators:
-            return drawn, bool(drawn == proposal.token)
+            return _Proposal(drawn, scores), bool(drawn == proposal.token)
         new, old = scores.softmax(-1), proposal.scores.softmax(-1)
         token = int(proposal.token)
         (generator,) = self.sampler.generators
         threshold = torch.rand((), generator=generator, device=self.device)
         if bool(threshold * old[0, 0, token] < new[0, 0, token]):
-            return proposal.token, True
-        remains = (new - old).clamp_min(0)  # not all zero: the token has become less likely, so another more
-        return self.sampler.draw(remains.log())[:, 0], False
+            return proposal, True
+        remains = (new - old).clamp_min(0)
+        if not remains.any():  # the token has become less likely, so another more, unless rounding ate it
+            return _Proposal(drawn, scores), False
+        return _Proposal(self.sampler.draw(remains.log())[:, 0], remains.log()), False
 
 
 @torch.inference_mode()

@@ -82,8 +82,13 @@ def bench_decode(
         raise ValueError("grids, batches, repeats and the caption have to be at least 1")
     if not variants:
         raise ValueError("no variants; give at least one of nar, raster, zipar, naive")
-    if device.type != "cpu" and "naive" in variants:
-        raise ValueError("the published way is computed on the processor only; leave `naive` out or use --device cpu")
+    if (device.type != "cpu" or dtype != torch.float32) and "naive" in variants:
+        raise ValueError(
+            "the published way is computed in float32 on the processor only; leave `naive` out, or use --device cpu --dtype "
+            "float32"
+        )
+    if caption > ModelConfig.max_condition:
+        raise ValueError(f"a caption of {caption} tokens is longer than the {ModelConfig.max_condition} of the models")
     rows: list[DecodeRow] = []
     for size in sizes:
         for grid in grids:
@@ -125,6 +130,7 @@ def _one_model(
         for kind, users in ((config, {"nar", "naive"}), (raster, {"raster", "zipar"}))
         if users & set(variants)
     }
+    naive = NaiveNAR(models[config]) if "naive" in variants else None
     passes = {
         "nar": len(wavefront_sizes(config.schedule)), "naive": len(wavefront_sizes(config.schedule)),
         "raster": len(wavefront_sizes(raster.schedule)), "zipar": passes_needed(grid, grid, window),
@@ -140,8 +146,9 @@ def _one_model(
             "nar": lambda: generate(models[config], states, mask, **options),  # noqa: B023  (used before the next batch)
             "raster": lambda: generate(models[raster], states, mask, **options),  # noqa: B023
             "zipar": lambda: generate_zipar(models[raster], states, mask, window=window, **options),  # noqa: B023
-            "naive": lambda: NaiveNAR(models[config]).generate(states, mask, Sampler(batch, device, **options)),  # noqa: B023
         }
+        if naive is not None:
+            ways["naive"] = lambda: naive.generate(states, mask, Sampler(batch, device, **options))  # noqa: B023
         runs: dict[str, Callable[[], object]] = {}
         floors: dict[str, Products] = {}
         for variant in variants:

@@ -51,16 +51,19 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
             self.before = torch.cuda.memory_allocated(self._device)
-        elif _CLEAR.exists():
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so as not to count as held
-            _CLEAR.write_text("5")  # the peak starts anew, from what is held now
-            self.before = _resident("VmRSS")
+        else:
+            try:
+                ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so as not to count as held
+                _CLEAR.write_text("5")  # the peak starts anew, from what is held now
+                self.before = _resident("VmRSS")
+            except (OSError, AttributeError):  # another system, or one that does not let us
+                self.before = None
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(self._device)
-        elif _CLEAR.exists():
+        elif self.before is not None:
             self.peak = _resident("VmHWM")
 
 
@@ -88,9 +91,13 @@ class Timing:
 
 
 def alternate(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, label: str
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    label: str,
+    reset: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Run all variants `repeats` times in turn, the caller having run each once to warm up.
+    """Run all variants `repeats` times in turn, the caller having run each once to warm up, and `reset` before each.
 
     In turn, so that a machine that slows down for a while slows all of them.
     """
@@ -107,6 +114,7 @@ def alternate(
     with tqdm(total=repeats * len(variants), desc=label, unit="run", leave=False) as bar:
         for repeat in range(repeats):
             for name in variants:
+                reset()
                 if repeat == 0:
                     with memory[name]:
                         timed(name)

@@ -1,8 +1,8 @@
 """The published way of computing a NAR model, on the same weights: what ours is measured against and tested with.
 
 Captions are padded to `max_condition` and computed in full; the grid stays in row-major order, with a dense mask for each
-sample; keys and values are scattered into a cache of full length, all of which is attended to under a mask; every head
-makes logits at every position; and the tokens of a wavefront are mixed and drawn one by one.
+sample; keys and values are scattered into a cache of full length, all of which is attended to under a mask; every head is
+a matrix of its own and makes logits at every position; and the tokens of a wavefront are drawn one by one.
 
 Shape suffixes: B batch, P prefix positions, N grid tokens, L = P + N sequence, n tokens of one pass, H heads, K key-value
 heads, E head dimension, C width, V vocabulary, X condition channels.
@@ -32,12 +32,15 @@ def _rotate(x_BLHE: Tensor, table_LE2: Tensor) -> Tensor:
 
 
 class NaiveNAR:
-    """A text-conditional image model's weights, computed the published way."""
+    """A text-conditional image model's weights, computed the published way, in float32 on the processor."""
 
     def __init__(self, model: NAR) -> None:
+        """The heads are copied, as they are now; everything else is the model's own."""
         config = model.config
         assert (config.condition, len(config.grid), config.order) == ("text", 2, "neighbor"), config
         self.model, self.config, self.prefix = model, config, config.max_condition
+        # Matrices of their own, lest a gradient be made for all heads of a model at once, and thrown away but for one.
+        self.heads = [head_VC.detach().clone().requires_grad_() for head_VC in model.heads.weight.unbind(1)]
         self.table_LE2 = torch.cat(
             [prefix_rotary_table(config, self.prefix), rotary_table(config)[rank(config.schedule)]]
         )
@@ -87,9 +90,24 @@ class NaiveNAR:
             assert isinstance(block, Block)
             x_BLC = self._block(block, x_BLC, positions, mask, cache)
             hidden.append(x_BLC)
-        norms, weight = [p for p in self.model.heads.norms.parameters()], self.model.heads.weight
-        below, right = (F.linear(_rms_norm(h, norms[a]), weight[:, a]) for a, h in enumerate((hidden[-1], hidden[-2])))
+        norms = list(self.model.heads.norms.parameters())
+        below, right = (
+            F.linear(_rms_norm(h, norm), head_VC)
+            for h, norm, head_VC in zip((hidden[-1], hidden[-2]), norms, self.heads, strict=True)
+        )
         return below, right
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self.model.zero_grad(set_to_none=True)
+        for head_VC in self.heads:
+            head_VC.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients under the names of the model's parameters."""
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        of_heads = [head_VC.grad for head_VC in self.heads if head_VC.grad is not None]
+        return found | {"heads.weight": torch.stack(of_heads, dim=1)}
 
     def loss(self, tokens_BN: Tensor, states_BPX: Tensor, mask_BP: Tensor, unconditional_B: Tensor) -> Tensor:
         """Training loss as `NAR.forward`: logits of both heads over every position, then their mean, in fp32."""

@@ -16,6 +16,7 @@ from t2i.bench.decode import random_model
 from t2i.bench.floor import Products
 from t2i.bench.measure import Timing, alternate, as_json, environment, mebibytes, report
 from t2i.bench.naive import NaiveNAR
+from t2i.config import ModelConfig
 from t2i.model import NAR
 from t2i.recipes import PRESETS
 
@@ -76,6 +77,8 @@ def bench_train(
         raise ValueError(f"no size {unknown[0]!r}; sizes are {', '.join(PRESETS)}")
     if min(grid, batch, repeats, caption) < 1:
         raise ValueError("grid, batch, repeats and the caption have to be at least 1")
+    if caption > ModelConfig.max_condition:
+        raise ValueError(f"a caption of {caption} tokens is longer than the {ModelConfig.max_condition} of the models")
     rows = [
         row
         for size in sizes
@@ -101,62 +104,65 @@ def _one_size(
     mask = torch.ones(batch, caption, dtype=torch.bool, device=device)
     unconditional = torch.zeros(batch, dtype=torch.bool, device=device)
 
-    def step(loss: Callable[..., Tensor]) -> Callable[[], float]:
+    naive = NaiveNAR(model) if device.type == "cpu" else None
+
+    def reset() -> None:
+        model.zero_grad(set_to_none=True)
+        if naive is not None:
+            naive.zero_grad()
+
+    def step(loss: Callable[..., Tensor], checkpoint: bool = False) -> Callable[[], float]:
         def run() -> float:
-            model.zero_grad(set_to_none=True)
+            model.activation_checkpointing = checkpoint
             value = loss(tokens, states, mask, unconditional)
             value.backward()
             return float(value.detach())
 
         return run
 
-    def checkpointed(*batch_of: Tensor) -> Tensor:
-        model.activation_checkpointing = True
-        loss: Tensor = model(*batch_of)
-        return loss
-
-    def plain(*batch_of: Tensor) -> Tensor:
-        model.activation_checkpointing = False
-        loss: Tensor = model(*batch_of)
-        return loss
-
-    ways = {"ours": step(plain)}
+    ways = {"ours": step(model)}
     if checkpointing:
-        ways["ours, checkpointed"] = step(checkpointed)
-    if device.type == "cpu":
-        ways["naive"] = step(NaiveNAR(model).loss)
-    losses, errors = _compare(ways, model)
+        ways["ours, checkpointed"] = step(model, checkpoint=True)
+    if naive is not None:
+        ways["naive"] = step(naive.loss)
+    label = f"{size} {grid}x{grid} batch {batch}"
+    # Before anything else is held that is not the step's.
+    memory = alternate(ways, 1, device, label, reset)
+    losses, errors = _compare(ways, model, naive, reset)
     with Products(list(model.parameters())) as products:
         ways["ours"]()
-    model.zero_grad(set_to_none=True)
     runs: dict[str, Callable[[], object]] = dict(ways)
     if products.products:
         runs["ours" + FLOOR] = products.repeat
-    timings = alternate(runs, repeats, device, f"{size} {grid}x{grid} batch {batch}")
+    timings = alternate(runs, repeats, device, label, reset)
     return [
         TrainRow(
-            size, grid, batch, name, batch * grid * grid / timings[name].median, timings[name],
-            timings.get(name + FLOOR), losses[name],
-            None if "naive" not in ways or name == "naive" else abs(losses[name] / losses["naive"] - 1),
-            errors.get(name),
+            size, grid, batch, name, batch * grid * grid / timings[name].median,
+            replace(memory[name], seconds=timings[name].seconds), timings.get(name + FLOOR), losses[name],
+            None if naive is None or name == "naive" else abs(losses[name] / losses["naive"] - 1), errors.get(name),
         )
         for name in ways
     ]  # fmt: skip
 
 
-def _compare(ways: dict[str, Callable[[], float]], model: NAR) -> tuple[dict[str, float], dict[str, float]]:
+def _compare(
+    ways: dict[str, Callable[[], float]], model: NAR, naive: NaiveNAR | None, reset: Callable[[], None]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Loss of each way, and how far its gradients are from the published way's."""
+    reset()
     losses, errors = {}, {}
-    expected: list[Tensor] = []
-    for name in sorted(ways, key="naive".__ne__):  # the published way first
+    expected: dict[str, Tensor] = {}
+    if naive is not None:
+        losses["naive"] = ways["naive"]()
+        expected = naive.gradients()
+        reset()
+    for name in ways.keys() - {"naive"}:
         losses[name] = ways[name]()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        model.zero_grad(set_to_none=True)
-        if name == "naive":
-            expected = gradients
-        elif expected:
+        if expected:
             errors[name] = max(
-                float((got - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
-                for got, wanted in zip(gradients, expected, strict=True)
+                float((p.grad - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-30))
+                for key, p in model.named_parameters()
+                if p.grad is not None
             )
+        reset()
     return losses, errors

@@ -9,7 +9,7 @@ from small_models import captions, small_config, small_model
 from torch import Tensor
 
 from t2i.sampling import _filtered, generate
-from t2i.wavefronts import levels, wavefront_sizes
+from t2i.wavefronts import levels, order, rank, wavefront_sizes
 
 few = settings(max_examples=20)
 
@@ -138,6 +138,23 @@ def test_guidance_of_one_is_no_guidance_and_zero_ignores_the_caption() -> None:
     with torch.no_grad():
         logits = model.logits(generate(model, *one, temperature=0), *one)
     assert torch.equal(logits.argmax(-1), generate(model, *one, guidance_scale=1.0, temperature=0).flatten(1))
+
+
+@few
+@given(share=st.floats(0, 1), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3), seed=st.integers(0, 50))
+def test_guidance_of_the_first_passes(share: float, lengths: list[int], seed: int) -> None:
+    model = small_model(small_config((3, 3), uncond_tokens=3), seed)
+    states, mask = captions(model.config, lengths, seed)
+    drawn = generate(model, states, mask, guidance_scale=3.0, guidance_share=share, temperature=0)
+    with torch.no_grad():
+        tokens = drawn.flatten(1)
+        logits = model.logits(tokens, states, mask)
+        none = torch.ones(len(lengths), dtype=torch.bool)
+        in_order = model._predict(tokens[:, order((3, 3))], states, mask, none)
+        unconditional = in_order[:, rank((3, 3))]
+    guided = levels((3, 3)) < round(5 * share)
+    expected = torch.where(guided[:, None], unconditional + 3.0 * (logits - unconditional), logits)
+    assert torch.equal(expected.argmax(-1), tokens)
 
 
 def test_classes_are_conditions_too() -> None:

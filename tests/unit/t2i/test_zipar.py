@@ -71,10 +71,11 @@ def test_published_numbers_of_passes() -> None:
     window=st.integers(1, 4),
     adaptive=st.booleans(),
     variant=st.sampled_from([{}, {"n_head": 4, "n_kv_head": 2}, {"prefix_rotary": "zero"}, {"positions": "learned"}]),
+    guidance=st.sampled_from([1.0, 2.5]),
     seed=st.integers(0, 99),
 )
 def test_logits_are_those_of_what_had_been_decoded(
-    grid: tuple[int, int], window: int, adaptive: bool, variant: dict[str, Any], seed: int
+    grid: tuple[int, int], window: int, adaptive: bool, variant: dict[str, Any], guidance: float, seed: int
 ) -> None:
     """Every input of every pass once more in one sequence without a cache: each attends to the newest input, so far, of
     every position up to its own."""
@@ -89,7 +90,20 @@ def test_logits_are_those_of_what_had_been_decoded(
         return logits
 
     model.step_anywhere = recorded  # type: ignore[method-assign]
-    generate_zipar(model, states, mask, window=window, adaptive=adaptive, seeds=[seed])
+    seen: list[Tensor] = []  # before each pass
+    drawn = generate_zipar(
+        model, states, mask, window=window, adaptive=adaptive, guidance_scale=guidance, seeds=[seed],
+        callback=lambda _, tokens: seen.append(tokens.flatten() >= 0),
+    ).flatten()  # fmt: skip
+    for (inputs, places, _), shown in zip(passes, seen, strict=False):
+        known = set(shown.nonzero().flatten().tolist())
+        for token, position in zip(inputs[0].tolist(), places.tolist(), strict=True):
+            if position in known:
+                assert token == drawn[position]
+            else:  # the last of a row, for which the newest token of the row above it stands in
+                row, column = divmod(position, grid[1])
+                assert column == grid[1] - 1
+                assert token == drawn[max(p for p in known if p // grid[1] == row - 1)]
     tokens = torch.cat([tokens for tokens, _, _ in passes], dim=1)
     positions = torch.cat([positions for _, positions, _ in passes])
     times = torch.cat([torch.full_like(p, t) for t, (_, p, _) in enumerate(passes)])
@@ -101,13 +115,16 @@ def test_logits_are_those_of_what_had_been_decoded(
         for position, j in newest.items():
             allowed[prefix + i, prefix + j] = position <= positions[i]
     with torch.no_grad():
-        embedded, _ = model._embed_prefix(states, mask, None)
+        both = len(passes[0][0])  # with guidance, the unconditional branch as well
+        embedded, real = model._embed_prefix(
+            states.expand(both, -1, -1), mask.expand(both, -1), torch.tensor([False, True][:both])
+        )
         x = torch.cat([embedded, model._embed(tokens, positions)], dim=1)
         table = prefix_table(model.config, prefix, x.device)
         rotary = tables(model.config, x.device).rotary_NE2
         if table is not None and rotary is not None:
             table = torch.cat([table, rotary[positions]])
-        (hidden,) = model._run(x, table, allowed[None, None])
+        (hidden,) = model._run(x, table, model._mask(allowed, real))
         logits = model.heads([hidden[:, prefix:]], torch.ones(1, 1))
     first = 0
     for tokens, _, got in passes:
@@ -130,16 +147,21 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 def test_a_checked_proposal_is_a_draw_from_the_new_probabilities() -> None:
     model = raster_model((2, 3))
     states, mask = captions(model.config, [2])
-    old, new = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(3)) * 1.5
+    old, new, newer = torch.randn(3, 1, 1, 5, generator=torch.Generator().manual_seed(3)) * 1.5
     sampler = Sampler(1, states.device, seeds=[0])
     decoder = _Decoder(model, sampler, 1, True, states, mask)
-    draws, accepted = [], 0
-    for _ in range(6000):
-        token, kept = decoder._checked(_Proposal(sampler.draw(old)[:, 0], old), sampler.draw(new)[:, 0], new)
-        draws.append(int(token))
+    draws: list[int] = []
+    again: list[int] = []
+    accepted = 0
+    for _ in range(9000):
+        proposal, kept = decoder._checked(_Proposal(sampler.draw(old)[:, 0], old), sampler.draw(new)[:, 0], new)
+        draws.append(int(proposal.token))
         accepted += kept
-    frequencies = torch.bincount(torch.tensor(draws), minlength=5) / len(draws)
-    torch.testing.assert_close(frequencies, new.softmax(-1).flatten(), rtol=0, atol=0.03)
+        if not kept:  # a second check, of the token drawn in its place
+            again.append(int(decoder._checked(proposal, sampler.draw(newer)[:, 0], newer)[0].token))
+    for tokens, scores in ((draws, new), (again, newer)):
+        frequencies = torch.bincount(torch.tensor(tokens), minlength=5) / len(tokens)
+        torch.testing.assert_close(frequencies, scores.softmax(-1).flatten(), rtol=0, atol=0.03)
     overlap = torch.minimum(new.softmax(-1), old.softmax(-1)).sum()
     assert abs(accepted / len(draws) - float(overlap)) < 0.03
 
