@@ -63,17 +63,18 @@ class _CrossEntropy(torch.autograd.Function):
                 else:
                     of_weight_VI += of_logits_mV.t() @ hidden_mI
         ctx.rows, ctx.weight_dtype = rows, weight_VI.dtype
-        ctx.save_for_backward(of_hidden_MI, of_weight_VI)
+        ctx.gradients = (of_hidden_MI, of_weight_VI)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        of_hidden_MI, of_weight_VI = ctx.saved_tensors
+        of_hidden_MI, of_weight_VI = ctx.gradients
+        ctx.gradients = None  # scaled in place: a second time they would be wrong
         gradient = gradient / ctx.rows  # here, where fp16's loss scale has been multiplied in
         return (
-            None if of_hidden_MI is None else of_hidden_MI * gradient.to(of_hidden_MI.dtype),
-            None if of_weight_VI is None else (of_weight_VI * gradient).to(ctx.weight_dtype),
+            None if of_hidden_MI is None else of_hidden_MI.mul_(gradient),
+            None if of_weight_VI is None else of_weight_VI.mul_(gradient).to(ctx.weight_dtype),
             None,
             None,
         )

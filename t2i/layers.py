@@ -48,6 +48,37 @@ class Linear(nn.Linear):
         return product(x, self.weight)
 
 
+class GatedLinear(Linear):
+    """Linear map of silu(gate) * up, which is made anew for the backward pass instead of being kept for it."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        if not torch.is_grad_enabled():
+            return product(F.silu(gate) * up, self.weight)
+        result: Tensor = _GatedProduct.apply(gate, up, self.weight)
+        return result
+
+
+class _GatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) times the transposed weight, from which nothing else is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight_OI)
+        return F.linear(F.silu(gate) * up, weight_OI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight_OI = ctx.saved_tensors
+        # In an order that holds few of these at once.
+        share, of_weight = F.silu(gate), None
+        if ctx.needs_input_grad[2]:
+            of_weight = gradient.flatten(0, -2).t() @ (share * up).flatten(0, -2)
+        of_product = gradient @ weight_OI
+        of_gate = torch.ops.aten.silu_backward(of_product * up, gate)
+        return of_gate, of_product.mul_(share), of_weight
+
+
 class Embedding(nn.Embedding):
     """Embedding table that starts from normal(0, std)."""
 
@@ -68,8 +99,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # With the weight in the same operation the normed values are not kept for the backward pass.
+        if torch.is_grad_enabled() and x.device.type == "cpu":
+            result: Tensor = _Normed.apply(x, self.weight, self.eps)
+            return result
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
+
+
+class _Normed(torch.autograd.Function):
+    """The norm on a processor, where torch's own keeps the normed values for the backward pass, as large as the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x.float() * scale).mul_(weight).type_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale, weight = ctx.saved_tensors
+        normed, gradient = x.float() * scale, gradient.float()
+        of_weight = (gradient * normed).flatten(0, -2).sum(0).type_as(weight)
+        of_normed = gradient * weight
+        along = (of_normed * normed).mean(-1, keepdim=True)
+        return of_normed.sub_(normed.mul_(along)).mul_(scale).type_as(x), of_weight, None
 
 
 def _rotations(config: ModelConfig, coords_L2: Tensor) -> Tensor:
@@ -175,7 +228,8 @@ class Attention(nn.Module):
         Args:
             x_BLC: Hidden states.
             table_LE2: Rotary table of these positions, or None.
-            mask: bool, True = attends, broadcastable to [B, 1, L, S]; None lets every position attend to all.
+            mask: bool, True = attends, or numbers that are added to the scores, broadcastable to [B, 1, L, S]; None lets
+                every position attend to all.
             cache: Where keys and values are kept; `block` is this block's number in it.
         """
         batch, length, _ = x_BLC.shape
@@ -192,21 +246,6 @@ class Attention(nn.Module):
         return self.dropout(self.wo(mixed.transpose(1, 2).reshape(batch, length, -1)))
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, from which nothing is kept for the backward pass but the two."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
-
-
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
@@ -214,12 +253,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1 = Linear(config.width, config.hidden, config.init_std)
         self.w3 = Linear(config.width, config.hidden, config.init_std)
-        self.w2 = Linear(config.hidden, config.width, config.residual_std)
+        self.w2 = GatedLinear(config.hidden, config.width, config.residual_std)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = _SwiGLU.apply(self.w1(x), self.w3(x))
-        return self.dropout(self.w2(hidden))
+        return self.dropout(self.w2(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):

@@ -216,7 +216,9 @@ class NAR(nn.Module):
         table = prefix_table(self.config, length, x.device)
         if table is not None and fixed.rotary_NE2 is not None:
             table = torch.cat([table, fixed.rotary_NE2[:-1]])
-        hidden = self._run(x, table, self._mask(allowed, real_BP))
+        # As numbers, once for all blocks: each would make its own of them, and keep it for the backward pass.
+        added = torch.zeros((), dtype=x.dtype, device=x.device).masked_fill(~self._mask(allowed, real_BP), -torch.inf)
+        hidden = self._run(x, table, added)
         places_NA = length + fixed.predecessors_NA
         read = [h[:, places_NA[:, a]] for a, h in enumerate(hidden)]
         predicted: Tensor = self.heads(read, fixed.head_weights_NA, targets_BN)

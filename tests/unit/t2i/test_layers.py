@@ -12,10 +12,11 @@ from t2i.layers import (
     Attention,
     Embedding,
     FeedForward,
+    GatedLinear,
     KVCache,
     Linear,
     RMSNorm,
-    _SwiGLU,
+    _GatedProduct,
     prefix_rotary_table,
     rotary_table,
     rotate_,
@@ -36,6 +37,25 @@ def test_rms_norm_is_its_formula_in_fp32() -> None:
     half = norm.to(torch.bfloat16)(1e-3 * x.to(torch.bfloat16))
     assert half.dtype == torch.bfloat16
     assert torch.isfinite(half).all()
+
+
+def test_rms_norm_has_the_gradients_of_its_formula() -> None:
+    norm = RMSNorm(16)
+    torch.nn.init.normal_(norm.weight)
+    x, along = torch.randn(2, 3, 16, requires_grad=True), torch.randn(2, 3, 16)
+    gradients = []
+    for normed in (norm(x), F.rms_norm(x, (16,), norm.weight, norm.eps)):
+        gradients.append(torch.autograd.grad((normed * along).sum(), (x, norm.weight)))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, norm.eps))
+    half = norm.to(torch.bfloat16)
+    y = x.detach().bfloat16().requires_grad_()
+    (half(y).float() * along).sum().backward()
+    assert y.grad is not None
+    assert half.weight.grad is not None
+    torch.testing.assert_close(y.grad.float(), gradients[0][0], rtol=0.05, atol=0.05)
 
 
 def test_rotary_table_turns_half_by_row_and_half_by_column() -> None:
@@ -140,9 +160,27 @@ def test_feed_forward_is_swiglu_of_the_rounded_size() -> None:
     layer = FeedForward(CONFIG).eval()
     assert layer.w1.weight.shape == (256, 16)
     x = torch.randn(3, 16)
-    torch.testing.assert_close(layer(x), layer.w2(F.silu(layer.w1(x)) * layer.w3(x)))
+    torch.testing.assert_close(layer(x), F.linear(F.silu(layer.w1(x)) * layer.w3(x), layer.w2.weight))
 
 
-def test_swiglu_has_the_gradients_of_its_formula() -> None:
-    gate, up = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True).unbind(0)
-    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
+def test_gated_map_has_the_gradients_of_its_formula() -> None:
+    gate, up = torch.randn(2, 3, 2, 5, dtype=torch.float64, requires_grad=True).unbind(0)
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(_GatedProduct.apply(gate, up, weight), F.linear(F.silu(gate) * up, weight))
+    assert torch.autograd.gradcheck(_GatedProduct.apply, (gate, up, weight))
+
+
+def test_gated_map_in_bf16_and_with_a_frozen_weight() -> None:
+    layer = GatedLinear(8, 4, 0.5)
+    inputs = [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    layer(*inputs).sum().backward()
+    exact = [one.grad for one in inputs]
+    half = [one.detach().bfloat16().requires_grad_() for one in inputs]
+    layer.zero_grad()
+    layer = layer.bfloat16().requires_grad_(False)
+    layer(*half).sum().backward()
+    assert layer.weight.grad is None
+    for expected, got in zip(exact, half, strict=True):
+        assert expected is not None
+        assert got.grad is not None
+        torch.testing.assert_close(got.grad.float(), expected, rtol=0.05, atol=0.02)
