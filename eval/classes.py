@@ -36,7 +36,7 @@ from eval.geneval.detectors import Detector, load_detector
 from eval.geneval.judging import batched
 from eval.geneval.scoring import keep_detections
 from eval.geneval.statistics import Interval, wilson_interval
-from t2i.clips import save_clips
+from t2i.animation import save_clips
 from t2i.devices import choose_device
 from t2i.pipeline import ExportDescription, TextToImagePipeline, picture_grid, read_description
 

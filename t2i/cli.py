@@ -1,4 +1,4 @@
-"""The `t2i` command: data, tokenizer, encoding, export, sampling, evaluation.
+"""The `t2i` command: data, tokenizer, encoding, export, published weights, sampling, benchmarks, evaluation.
 
 Training has an entry point of its own, for the launcher: `deepspeed t2i/train.py RECIPE ...`. Handlers import what they
 need when they run, so that help is quick and an installation without the `eval` extra works.
@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
+from t2i.bench.commands import bench
 from t2i.tokenizer_config import TokenizerTraining
 
 EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
@@ -19,13 +20,12 @@ EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
 
 HELP = (
     "From image-text pairs to a text-to-image model and its score. In order: data, encode, then training with "
-    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval."
+    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Published weights: convert. Speed: bench."
 )
 
 app = SubcommandApp()
 data = SubcommandApp()
 tokenizer = SubcommandApp()
-bench = SubcommandApp()
 geneval = SubcommandApp()
 app.command(data, name="data", help="Make, take in and verify raw image-text sets.")
 
@@ -265,7 +265,7 @@ def sample(
     """
     from PIL.Image import registered_extensions
 
-    from t2i.clips import ANIMATED, Recording, save_clips
+    from t2i.animation import ANIMATED, Recording, save_clips
     from t2i.devices import choose_device
     from t2i.pipeline import DrawOptions, TextToImagePipeline, picture_grid
 
@@ -309,95 +309,6 @@ def sample(
 
 
 app.command(bench, name="bench", help="Measure decoding and the training step on this machine.")
-
-
-@bench.command(name="decode")
-def bench_decode(
-    sizes: tuple[str, ...] = ("L", "XL"),
-    grids: tuple[int, ...] = (16, 32),
-    batches: tuple[int, ...] = (1, 8),
-    variants: tuple[Literal["nar", "raster", "zipar", "naive"], ...] = ("nar", "raster", "zipar", "naive"),
-    guidance_scale: float = 7.5,
-    caption: int = 20,
-    window: int | None = None,
-    repeats: int = 3,
-    threads: int | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str | None = None,
-    json: bool = False,
-) -> None:
-    """Time decoding with random weights: NAR, raster, ZipAR and the published way, alternately.
-
-    Args:
-        sizes: Models: B, M, L, XL, XXL.
-        grids: Tokens a side.
-        batches: Pictures at once.
-        variants: What to compare.
-        guidance_scale: Strength of classifier-free guidance; 1 runs no unconditional branch.
-        caption: Tokens of the captions.
-        window: ZipAR's window; half a row when not given.
-        repeats: Timed runs of each; the median is reported.
-        threads: Of the processor; one for each core when not given.
-        dtype: Of weights and activations.
-        device: Where to run; the first GPU or the processor when not given.
-        json: Print JSON in place of the table.
-    """
-    import torch
-
-    from t2i.bench.decode import bench_decode
-    from t2i.devices import choose_device
-
-    _use_threads(threads)
-    bench_decode(
-        sizes, grids, batches, variants, guidance_scale=guidance_scale, caption=caption, window=window,
-        repeats=repeats, device=choose_device(device), dtype=getattr(torch, dtype), json=json,
-    )  # fmt: skip
-
-
-@bench.command(name="train")
-def bench_train(
-    sizes: tuple[str, ...] = ("L",),
-    grid: int = 16,
-    batch: int = 8,
-    caption: int = 20,
-    repeats: int = 3,
-    activation_checkpointing: bool = False,
-    threads: int | None = None,
-    device: str | None = None,
-    json: bool = False,
-) -> None:
-    """Time forward and backward of a training step with random weights, and the published way beside it.
-
-    Args:
-        sizes: Models: B, M, L, XL, XXL.
-        grid: Tokens a side.
-        batch: Pictures of a step.
-        caption: Tokens of the captions.
-        repeats: Timed runs of each; the median is reported.
-        activation_checkpointing: Measure that as well.
-        threads: Of the processor; one for each core when not given.
-        device: Where to run; the first GPU or the processor when not given.
-        json: Print JSON in place of the table.
-    """
-    from t2i.bench.train import bench_train
-    from t2i.devices import choose_device
-
-    _use_threads(threads)
-    bench_train(
-        sizes, grid, batch, caption=caption, repeats=repeats, activation_checkpointing=activation_checkpointing,
-        device=choose_device(device), json=json,
-    )  # fmt: skip
-
-
-def _use_threads(threads: int | None) -> None:
-    import torch
-
-    from t2i.threads import cores_per_rank
-
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}; use at least 1")
-    torch.set_num_threads(threads or cores_per_rank())
-
 
 app.command(geneval, name="geneval", help="Measure an export with GenEval.")
 

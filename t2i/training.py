@@ -24,8 +24,8 @@ from data_pipeline.index import ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
 from data_pipeline.verify import STATES
 from t2i import checkpoint
+from t2i.animation import film_strips
 from t2i.checkpoint import RECIPE, VOCABULARY, Inputs
-from t2i.clips import film_strips
 from t2i.config import Recipe, TrainConfig, to_json
 from t2i.engine import Engine, Runtime, broadcast_bytes
 from t2i.metrics import MetricsLog

@@ -33,6 +33,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
         self._stand_ins: dict[tuple[Any, ...], Tensor] = {}
+        self._results: dict[tuple[int, ...], Tensor] = {}
         self.products: list[Product] = []
 
     @torch.no_grad()
@@ -47,6 +48,10 @@ class Products(TorchDispatchMode):
             self._stand_ins[key] = stand_in.normal_()
         return self._stand_ins[key]
 
+    def _head_operand(self, tensor: Tensor) -> Tensor:
+        """An operand of attention, [..., L, E] as a batch of contiguous matrices: at its best, with nothing to copy."""
+        return self._operand(tensor.new_empty(tensor.shape).flatten(0, -3))
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -56,21 +61,24 @@ class Products(TorchDispatchMode):
         if func in _PRODUCTS:
             self.products.append((self._operand(args[-2]), self._operand(args[-1])))
         elif func in _ATTENTION:
-            q, k, v = (self._operand(t) for t in args[:3])
-            weights = self._operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
+            q, k, v = (self._head_operand(t) for t in args[:3])
+            weights = self._head_operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
             self.products += [(q, k.mT), (weights, v)]
         elif func in _ATTENTION_BACKWARD:
-            gradient, q, k, v = (self._operand(t) for t in args[:4])
-            weights = self._operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
+            gradient, q, k, v = (self._head_operand(t) for t in args[:4])
+            weights = self._head_operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
             # The weights anew, then the gradients of v, weights, q and k.
             self.products += [(q, k.mT), (weights.mT, gradient), (gradient, v.mT), (weights, k), (weights.mT, q)]
         return func(*args, **(kwargs or {}))
 
     @torch.no_grad()
     def repeat(self) -> None:
-        """Compute all products once."""
+        """Compute all products once, into memory that is there already."""
         for left, right in self.products:
-            torch.matmul(left, right)
+            shape = (*left.shape[:-1], right.shape[-1])
+            if shape not in self._results:
+                self._results[shape] = left.new_empty(shape)
+            torch.matmul(left, right, out=self._results[shape])
 
     @property
     def flops(self) -> int:

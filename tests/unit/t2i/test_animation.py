@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.images import open_frames
-from t2i.clips import film_strips, save_clips
+from t2i.animation import film_strips, save_clips
 
 # Four clips of three frames: the red channel tells the clip, the green one the frame.
 CLIPS = [[Image.new("RGB", (8, 6), (50 * clip, 80 * t, 0)) for t in range(3)] for clip in range(4)]
