@@ -6,8 +6,8 @@ One class for images, video and any other grid. Three ways in:
 - `logits(tokens, condition, ...)`: the mixed logits of every position, uncached, in row-major order;
 - `prefill` and `step`: one wavefront after the other with a key-value cache, for `t2i.sampling`.
 
-Inside, the grid is always in wavefront order: the mask is then block-lower-triangular in training, and absent while
-decoding.
+Inside, the grid is always in wavefront order: the mask is then block-lower-triangular in training, and while decoding
+there is none but for the padding of shorter prefixes, which that of no caption nearly always is.
 
 Shape suffixes: B batch, P prefix positions, N grid tokens, L = P + N - 1 sequence, C width, X condition channels,
 A axes, V vocabulary, n tokens of one wavefront.
