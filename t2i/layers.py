@@ -23,15 +23,20 @@ def product(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x [..., I] times the transposed weight: [..., O], as `F.linear`.
 
     Without gradients on a processor it is computed as weight times columns, which takes 0.4 to 0.9 of the time for up to
-    `THIN_ROWS` rows, and comes with the strides of that.
+    `THIN_ROWS` rows, and comes with the strides of that. Few rows are filled up to a multiple of `FULL_ROWS`.
     """
     thin = x.device.type == "cpu" and x.dtype == torch.float32 and math.prod(x.shape[:-1]) <= THIN_ROWS
     if torch.is_grad_enabled() or not thin:
         return F.linear(x, weight_OI)
-    return (weight_OI @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    rows = x.flatten(0, -2)
+    n_rows = len(rows)
+    if FULL_ROWS < n_rows < 4 * FULL_ROWS:
+        rows = F.pad(rows, (0, 0, 0, -n_rows % FULL_ROWS))
+    return (weight_OI @ rows.t()).t()[:n_rows].unflatten(0, x.shape[:-1])
 
 
 THIN_ROWS = 512
+FULL_ROWS = 8  # of which a multiple up to four takes up to a third less time than somewhat fewer rows
 
 
 class Linear(nn.Linear):
