@@ -205,6 +205,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints to keep."""
+    watchdog_seconds: float = 1800.0
+    """Seconds without a finished step after which the stacks of all ranks are written and the job ends; four times as many
+    before the first step, and while validating, sampling and saving. 0 waits for ever."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     wandb_project: str = "nar-t2i"
@@ -215,6 +218,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "log_every", "validate_every", "save_every", "keep_last")
         _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every")
+        if self.watchdog_seconds != 0:
+            _at_least(self, 5, "watchdog_seconds")  # ranks tell of their steps every two seconds
         _share(self, "beta1", "beta2", "ema_decay")
         if self.lr <= 0 or self.min_lr > self.lr:
             raise ValueError(f"TrainConfig: lr is {self.lr} and min_lr {self.min_lr}; use 0 <= min_lr <= lr, lr > 0")

@@ -1,15 +1,15 @@
-"""Who of the ranks is dead or hangs, and what to say of it: pure functions of what ranks have said and when.
+"""Who of the ranks is dead or hangs, and what to say of it: functions of what ranks have said and when.
 
 No sockets and no clock of its own in here: `t2i.monitor` brings both, so that every rule can be tested by itself. Times
 are seconds of one clock, that of the process which judges, since the clocks of hosts differ.
 """
 
-import contextlib
-import json
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from t2i.beats import Beat, Verdict
 
 BEAT_SECONDS = 2.0
 """Between two signs of life of a rank."""
@@ -21,109 +21,13 @@ QUIET_SECONDS = 2.5 * BEAT_SECONDS
 """Silence that means something where there is other evidence."""
 NEVER_HEARD_SECONDS = 30.0
 """How long a rank may take for its first beat."""
-SETTLE_SECONDS = 0.5
-"""Between the first connection that ends and the verdict: a dead host takes several ranks with it."""
+SETTLE_SECONDS = 1.0
+"""Between the first death or failure and the verdict: a host takes several ranks with it, and a mistake that every rank is
+about to make is told by each in its own way."""
 FOLLOW_UP_SECONDS = 5.0
 """How long an error inside a collective waits for the rank that caused it to be found."""
 UNUSUAL_FACTOR = 4
 """Before the first step, and while saving, validating and sampling, a step may take this many times `watchdog`."""
-
-EXIT_DEAD_RANK = 86
-"""Exit code of a rank that is well, after another one has died, fallen silent or failed."""
-EXIT_HANG = 87
-"""Exit code of all ranks after the watchdog has found no step done in time."""
-
-State = Literal["running", "failed", "finished"]
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank says of itself. `pid` 0 stands for a rank that has not said anything yet."""
-
-    rank: int
-    local_rank: int = 0
-    host: str = "unknown host"
-    pid: int = 0
-    born: str = ""
-    """Which process this is, among all that ever have its pid; empty where the system does not tell."""
-    state: State = "running"
-    step: int | None = None
-    """The last one done by this process."""
-    ticks: int = 0
-    """Grows with every sign of progress."""
-    phase: str = ""
-    """What takes longer than a step, if anything: "saving", for example."""
-    where: str = ""
-    """Where the main thread is."""
-    waits: bool = False
-    """Whether it is inside torch or DeepSpeed, as a rank is that waits for others."""
-    error: str = ""
-    follow_up: bool = False
-    """Whether the error may be the fault of another rank: it came out of a collective."""
-    lines: tuple[str, ...] = ()
-    """The last ones of its log."""
-
-    def __str__(self) -> str:
-        process = f", pid {self.pid}" if self.pid else ""
-        return f"rank {self.rank} on {self.host}{process}"
-
-    @property
-    def progress(self) -> str:
-        """ "after step 7", in words."""
-        step = "before its first step" if self.step is None else f"after step {self.step}"
-        return f"{step}, {self.phase}" if self.phase else step
-
-
-class Progress:
-    """Where the training loop is, as it says itself; read by the monitor of its rank."""
-
-    def __init__(self) -> None:
-        self.done: int | None = None
-        self.phase = ""
-        self.ticks = 0
-
-    def step(self, number: int) -> None:
-        """Step `number` is done."""
-        self.done = number
-        self.ticks += 1
-
-    @contextlib.contextmanager
-    def busy(self, phase: str) -> Iterator[None]:
-        """What happens inside takes longer than a step: saving, for example."""
-        self.phase = phase
-        self.ticks += 1
-        try:
-            yield
-        finally:
-            self.phase = ""
-            self.ticks += 1
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the job ends. `text` is a line, and the culprits' last log lines below it."""
-
-    kind: Literal["died", "silent", "failed", "hangs"]
-    culprits: tuple[Beat, ...]
-    text: str
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT_HANG if self.kind == "hangs" else EXIT_DEAD_RANK
-
-
-def beat_from(values: dict[str, Any]) -> Beat:
-    """A beat from JSON. Raises TypeError or KeyError for anything else."""
-    return Beat(**{**values, "lines": tuple(values["lines"])})
-
-
-def verdict_to_json(verdict: Verdict) -> str:
-    return json.dumps(asdict(verdict))
-
-
-def verdict_from(values: dict[str, Any]) -> Verdict:
-    """A verdict from JSON. Raises TypeError or KeyError for anything else."""
-    return Verdict(values["kind"], tuple(beat_from(one) for one in values["culprits"]), values["text"])
 
 
 @dataclass
@@ -131,8 +35,8 @@ class _Seen:
     beat: Beat
     heard: float
     moved: float
-    ended: float | None = None
-    failed: float | None = None
+    ended: float = math.inf
+    failed: float = math.inf
 
 
 @dataclass
@@ -152,18 +56,20 @@ class Judge:
     """Time at which judging begins."""
     _seen: dict[int, _Seen] = field(init=False)
     _looked: float = field(init=False)
+    _settle: float = field(init=False)
 
     def __post_init__(self) -> None:
         self._seen = {rank: _Seen(Beat(rank), self.now, self.now) for rank in self.ranks}
         self._looked = self.now
+        self._settle = SETTLE_SECONDS if len(self._seen) > 1 else 0.0
 
     def hear(self, beat: Beat, now: float) -> None:
         """A beat has come."""
         seen = self._seen[beat.rank]
         if beat.ticks != seen.beat.ticks or beat.state != seen.beat.state or not seen.beat.pid:
             seen.moved = now
-        if beat.state == "failed" and seen.failed is None:
-            seen.failed = now
+        if beat.state == "failed":
+            seen.failed = min(seen.failed, now)
         seen.beat, seen.heard = beat, now
 
     def end(self, rank: int, now: float) -> None:
@@ -171,7 +77,7 @@ class Judge:
         self._seen[rank].ended = now
 
     def has_ended(self, rank: int) -> bool:
-        return self._seen[rank].ended is not None
+        return self._seen[rank].ended < math.inf
 
     def all_finished(self) -> bool:
         return all(seen.beat.state == "finished" for seen in self._seen.values())
@@ -183,27 +89,29 @@ class Judge:
             # This process was stopped itself, or something kept Python's lock: beats have come and were not read.
             for seen in self._seen.values():
                 seen.heard, seen.moved = seen.heard + gap, seen.moved + gap
-        return self._failed() or self._dead(now) or self._echo(now) or self._hangs(now)
+        return self._failed(now) or self._dead(now) or self._echo(now) or self._hangs(now)
 
-    def _failed(self) -> Verdict | None:
-        failures = [seen for seen in self._seen.values() if seen.failed is not None and not seen.beat.follow_up]
+    def _failed(self, now: float) -> Verdict | None:
+        failures = [seen for seen in self._seen.values() if seen.failed < math.inf and not seen.beat.follow_up]
         if not failures:
             return None
-        first = min(failures, key=lambda seen: seen.failed or 0.0).beat
+        if now - min(seen.failed for seen in failures) < self._settle:
+            return None
+        first = min(failures, key=lambda seen: seen.failed).beat
         return Verdict("failed", (first,), with_lines(f"{first} failed {first.progress}: {first.error}", [first]))
 
     def _dead(self, now: float) -> Verdict | None:
         watched = [seen for seen in self._seen.values() if seen.beat.state != "finished"]
-        ended = sorted((seen.ended, seen.beat.rank) for seen in watched if seen.ended is not None)
-        troubled = any(seen.failed is not None and now - seen.failed > FOLLOW_UP_SECONDS for seen in watched)
+        ended = sorted((seen.ended, seen.beat.rank) for seen in watched if seen.ended < math.inf)
+        troubled = any(now - seen.failed > FOLLOW_UP_SECONDS for seen in watched)
         silent = [
             seen for seen in watched
-            if seen.ended is None and now - seen.heard > (QUIET_SECONDS if ended or troubled else _patience(seen.beat))
+            if seen.ended == math.inf and now - seen.heard > (QUIET_SECONDS if ended or troubled else _patience(seen.beat))
         ]  # fmt: skip
         quiet = [seen.beat for seen in silent]
         silence = f"nothing heard of {_names(quiet)} for {min((now - seen.heard for seen in silent), default=0):.0f} s"
         if ended:
-            if now - ended[0][0] < SETTLE_SECONDS:
+            if now - ended[0][0] < self._settle:
                 return None
             dead = [self._seen[rank].beat for _, rank in ended]
             # A rank whose own call broke, and which then went, followed another.
@@ -218,10 +126,10 @@ class Judge:
 
     def _echo(self, now: float) -> Verdict | None:
         watched = [seen for seen in self._seen.values() if seen.beat.state != "finished"]
-        echoes = sorted((seen.failed, seen.beat.rank) for seen in watched if seen.failed is not None)
+        echoes = sorted((seen.failed, seen.beat.rank) for seen in watched if seen.failed < math.inf)
         # Later than `_dead` looks for silent ranks, and not while a death that it has found is settling.
         patience = FOLLOW_UP_SECONDS + BEAT_SECONDS
-        if not echoes or now - echoes[0][0] < patience or any(seen.ended is not None for seen in watched):
+        if not echoes or now - echoes[0][0] < patience or any(seen.ended < math.inf for seen in watched):
             return None
         first = self._seen[echoes[0][1]].beat
         text = f"{first} failed in a collective {first.progress}, and no other rank is known to be the cause: {first.error}"
@@ -229,8 +137,10 @@ class Judge:
 
     def _hangs(self, now: float) -> Verdict | None:
         running = [seen for seen in self._seen.values() if seen.beat.state == "running" and seen.beat.pid]
-        late = [seen for seen in running if self.watchdog and now - seen.moved > self._allowance(seen.beat)]
-        if not late:
+        # Ranks tell of their steps a beat late.
+        late = [s for s in running if self.watchdog and now - s.moved > self._allowance(s.beat) + BEAT_SECONDS]
+        unclear = any(1.5 * BEAT_SECONDS < now - seen.heard <= QUIET_SECONDS for seen in running)
+        if not late or unclear:
             return None
         silent = {seen.beat.rank for seen in running if now - seen.heard > QUIET_SECONDS}
         beats = [seen.beat for seen in running]
@@ -245,7 +155,7 @@ class Judge:
         else:
             text += f"all ranks wait, none apart from the others; rank {beats[0].rank} is at {beats[0].where}"
         text += f"; stacks are in {self.stacks}"
-        return Verdict("hangs", tuple(culprits), with_lines(text, culprits))
+        return Verdict("hangs", tuple(beat for beat in beats if beat.rank in silent), with_lines(text, culprits))
 
     def _allowance(self, beat: Beat) -> float:
         return self.watchdog * (UNUSUAL_FACTOR if beat.step is None or beat.phase else 1)
@@ -266,12 +176,6 @@ def hanging(beats: Sequence[Beat]) -> list[Beat]:
         if 0 < len(apart) < len(beats):
             return apart
     return list(beats) if len(beats) == 1 else []
-
-
-def speaker(host: str, verdict: Verdict) -> int:
-    """The local rank that tells of the verdict on a host: the first one there that is well."""
-    gone = {beat.local_rank for beat in verdict.culprits if beat.host == host}
-    return next(number for number in range(len(gone) + 1) if number not in gone)
 
 
 def with_lines(text: str, beats: Sequence[Beat]) -> str:

@@ -30,13 +30,13 @@ class RankLog:
         self.path = path
         self.last: tuple[str, ...] = ()
         """The last lines. Replaced as a whole, so it is read without a lock, which a stuck writer might hold."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._early: list[str] = []
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = Tee(sys.stdout, self), Tee(sys.stderr, self)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = Tee(sys.stdout, self), Tee(sys.stderr, self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,7 +46,7 @@ class RankLog:
         """Begin the file, or go on in the one that an earlier process left. Raises OSError where that cannot be."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
-            self._file = open(self.path, "a", buffering=1, errors="backslashreplace")
+            self._file = open(self.path, "a", buffering=1, errors="backslashreplace")  # noqa: SIM115  (stays open)
             self._file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
             self._file.writelines(f"{line}\n" for line in self._early)
 

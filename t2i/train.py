@@ -5,12 +5,14 @@
 The first argument is a recipe's name or the recipe.json that an earlier run wrote. Every field of the recipe is an
 option (`--help` after a recipe lists them). The same command again goes on from the newest checkpoint. Exit codes:
 0 trained to the end, 85 stopped by SIGINT (Ctrl-C), SIGTERM or SIGUSR1 with everything saved, 2 a mistake in what was
-asked for, 130 interrupted before or while that could be done.
+asked for, 130 interrupted before or while that could be done, 86 another rank has died or failed, 87 no step was done for
+`train.watchdog_seconds`.
 """
 
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 # Started as a script, Python puts this file's folder first on the path, where modules would shadow libraries.
@@ -44,14 +46,20 @@ def main() -> int:
         if known.deepspeed_config is None:
             raise ValueError("no --deepspeed_config; give one of the files in deepspeed_configs/")
 
-        from t2i.engine import read_deepspeed_config, start_runtime, stop_runtime
+        from t2i.engine import broadcast_bytes, read_deepspeed_config, start_runtime, stop_runtime
+        from t2i.monitor import Monitor
         from t2i.training import EXIT_SAVED, Trainer
 
         deepspeed_config = read_deepspeed_config(known.deepspeed_config)
         runtime = start_runtime()
-        trainer = Trainer(recipe, deepspeed_config, runtime)
-        started = True
-        outcome = trainer.run()
+        with Monitor(
+            runtime.rank, runtime.ranks, local_rank=int(os.environ["LOCAL_RANK"]), folder=recipe.run_dir / "logs",
+            watchdog=recipe.train.watchdog_seconds, share=partial(broadcast_bytes, runtime),
+        ) as monitor:  # fmt: skip
+            trainer = Trainer(recipe, deepspeed_config, runtime)
+            started = True
+            monitor.open_log()
+            outcome = trainer.run(monitor.progress)
     except (ValueError, OSError) as error:
         # All ranks of a node stumble over the same mistake, before training; later, each over its own samples.
         if started or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -25,6 +25,7 @@ from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
 from data_pipeline.verify import STATES
 from t2i import checkpoint
 from t2i.animation import film_strips
+from t2i.beats import Progress
 from t2i.checkpoint import RECIPE, VOCABULARY, Inputs
 from t2i.config import Recipe, TrainConfig, to_json
 from t2i.engine import Engine, Runtime, broadcast_bytes
@@ -212,8 +213,9 @@ class Trainer:
 
     # The loop
 
-    def run(self) -> Outcome:
-        """Train to the last step, or until a signal."""
+    def run(self, progress: Progress | None = None) -> Outcome:
+        """Train to the last step, or until a signal; `progress` is told of every step."""
+        progress = progress or Progress()
         recipe, train, first = self.recipe, self.recipe.train, self.runtime.is_first
         step = self.first_step
         if first:
@@ -244,6 +246,7 @@ class Trainer:
                 inputs = [(*batch, part) for batch, part in zip(micro_batches, parts, strict=True)]
                 window.losses.append(self.engine.step(inputs, lr_at(train, step)))
                 step += 1
+                progress.step(step)
                 bar.update()
                 if step % train.log_every == 0 or step == train.steps:
                     row = self._report(window, step)
@@ -251,14 +254,14 @@ class Trainer:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", samples_per_s=f"{row['samples_per_s']:.0f}")
                     window = _Window(loader)
                 if recipe.data.validation and (step % train.validate_every == 0 or step == train.steps):
-                    with window.paused():
+                    with window.paused(), progress.busy("validating"):
                         log.write({"step": step, "val_loss": self.validation_loss()})
                 if train.sample_every and (step % train.sample_every == 0 or step == train.steps):
-                    with window.paused():
+                    with window.paused(), progress.busy("sampling"):
                         log.image(step, self.sample_grid(step))
                 stop = self.engine.any_rank(self.signalled)
                 if stop or step % train.save_every == 0 or step == train.steps:
-                    with window.paused():
+                    with window.paused(), progress.busy("saving"):
                         checkpoint.save(
                             self.engine, recipe.run_dir, step, self.inputs, self._files,
                             keep_last=train.keep_last, averaged=train.ema_decay > 0,
