@@ -14,7 +14,7 @@ from t2i.beats import Beat, Verdict
 BEAT_SECONDS = 2.0
 """Between two signs of life of a rank."""
 SILENT_SECONDS = 20.0
-"""Silence after which a rank in training is taken for dead. Nothing less will do for a host without power."""
+"""Silence after which a rank in training is taken for dead. A host without power is noticed by nothing else."""
 SILENT_AT_START_SECONDS = 60.0
 """The same before the first step, when libraries that are loaded and keep Python's lock can hold up the beats."""
 QUIET_SECONDS = 2.5 * BEAT_SECONDS

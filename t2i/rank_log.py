@@ -76,7 +76,8 @@ class Tee:
         for line in lines:
             if kept := _overwritten(line):
                 self._log.line(kept)
-        self._partial = _overwritten(self._partial)  # a bar that is drawn for hours must not fill the memory
+        # A bar that is drawn for hours must not fill the memory.
+        self._partial = self._partial[max(0, self._partial.rfind("\r")) :]
         return count
 
     def writelines(self, lines: Any) -> None:
