@@ -32,14 +32,16 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes
 
 
-def execute(command: Sequence[str | Path], **changes: str) -> subprocess.CompletedProcess[str]:
+def execute(
+    command: Sequence[str | Path], timeout: float = TIMEOUT, **changes: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a process group of its own, which does not outlive it or the timeout."""
     process = subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, env=environment(**changes), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -79,7 +81,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def results(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run without what depends on the clock."""
-    clock = {"samples_per_s", "tokens_per_s", "data_wait_share", "seconds_left"}
+    clock = {"samples_per_s", "tokens_per_s", "data_wait_share", "save_share", "memory_gib", "seconds_left"}
     return [{key: value for key, value in row.items() if key not in clock} for row in rows(run_dir)]
 
 
