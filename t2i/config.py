@@ -208,6 +208,10 @@ class TrainConfig:
     """Steps between sample grids; 0 writes none."""
     sample_prompts: tuple[str, ...] = ()
     """Captions (or class numbers) of the sample grid."""
+    judge_every: int = 0
+    """Steps between GenEval-shapes scores of pictures by the model, by the judge of the embedded data; 0 never asks it."""
+    judge_prompts: int = 10
+    """Prompts of each task that such a score is from, at most; a picture each."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep_last: int = 2
@@ -236,6 +240,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "log_every", "validate_every", "save_every", "keep_last", "max_bad_steps")
+        _at_least(self, 1, "judge_prompts")
+        _at_least(self, 0, "judge_every")
         _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every", "keep_every", "decay_steps")
         _at_least(self, 0, "spike_deviations")
         if self.lr_schedule == "cosine" and self.decay_steps:
@@ -302,6 +308,11 @@ class Recipe:
         if self.model.condition == "text" and encoders != 1:
             raise ValueError(
                 f"recipe {self.name}: a text model needs one of text_encoder and frozen_text_encoder, and {encoders} are set"
+            )
+        if self.train.judge_every and (self.model.condition != "text" or len(self.model.grid) != 2):
+            raise ValueError(
+                f"recipe {self.name}: train.judge_every is {self.train.judge_every}, and the judge looks at pictures of "
+                "captions only; set it to 0"
             )
         if self.text_encoder is not None:
             if self.text_encoder.dim != self.model.condition_dim:

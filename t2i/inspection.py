@@ -3,12 +3,14 @@
 Nothing is changed by it: the model trains on as if nobody had looked.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from data_pipeline.index import ShardSet
@@ -53,14 +55,13 @@ class Inspection:
             total += loss * len(numbers)
         return self._engine.sum_over_ranks([total])[0] / count
 
-    def sample_grid(self, step: int) -> Path | None:
-        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere.
-
-        Clips are film strips, one below the other: their frames side by side.
-        """
-        recipe, path = self._recipe, None
+    @contextlib.contextmanager
+    def _drawing(self, step: int) -> Iterator[TextToImagePipeline | None]:
+        """The model as a pipeline on the first rank, None elsewhere, where the block's end waits for the first."""
         weights = self._engine.weights_on_first() if self._engine.stage == 3 else None
-        if self._engine.runtime.is_first:
+        if not self._engine.runtime.is_first:
+            yield None
+        else:
             module = self._engine.module
             if weights is not None:
                 # The model in training would wait for the other ranks to bring their parts, at every layer.
@@ -68,20 +69,49 @@ class Inspection:
                 module.load_state_dict(weights)
                 module.to(self._engine.runtime.device)
             was_training = module.training
-            pipe, seed = self.pipeline(module, step), recipe.train.seed
-            grid = (
-                film_strips(pipe.clips(self._prompts(), seed))
-                if pipe.draws_clips
-                else picture_grid(pipe(self._prompts(), seed))
-            )
+            yield self.pipeline(module, step)
             module.train(was_training)
             if self._frozen_text_encoder is not None:
-                self._frozen_text_encoder.to("cpu")  # read once, and in nobody's way between two grids
-            path = recipe.run_dir / "samples" / f"step-{step:08d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(path)
+                self._frozen_text_encoder.to("cpu")  # read once, and in nobody's way between two times
         self._engine.barrier()
+
+    def sample_grid(self, step: int) -> Path | None:
+        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere.
+
+        Clips are film strips, one below the other: their frames side by side.
+        """
+        path = None
+        with self._drawing(step) as pipe:
+            if pipe is not None:
+                prompts, seed = self._prompts(), self._recipe.train.seed
+                grid = film_strips(pipe.clips(prompts, seed)) if pipe.draws_clips else picture_grid(pipe(prompts, seed))
+                path = self._recipe.run_dir / "samples" / f"step-{step:08d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grid.save(path)
         return path
+
+    def judge_shapes(self, step: int) -> dict[str, float]:
+        """GenEval-shapes scores of one picture for each of `train.judge_prompts` prompts a task, by the exact judge of the
+        embedded data: "geneval_shapes/TASK", on the first rank; nothing elsewhere."""
+        from eval.generate import picture_seed  # only runs that ask for it need the judge
+        from eval.geneval.detectors import load_detector
+        from eval.geneval.judging import Picture, judge_pictures
+        from eval.geneval.prompts import shapes_prompts
+        from eval.geneval.statistics import summarize
+
+        scores = {}
+        with self._drawing(step) as pipe:
+            if pipe is not None:
+                prompts = shapes_prompts(self._recipe.train.judge_prompts)
+                seeds = [picture_seed(number, 0, self._recipe.train.seed) for number in range(len(prompts))]
+                images = pipe([prompt["prompt"] for prompt in prompts], seeds=seeds)
+                pictures = (
+                    Picture(str(number), prompt, np.asarray(image))
+                    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True))
+                )
+                summary = summarize(judge_pictures(load_detector("shapes"), pictures, len(prompts), progress=False))
+                scores = {f"geneval_shapes/{tag}": summary[tag].per_image.value for tag in summary.tags}
+        return scores
 
     def _prompts(self) -> list[Any]:
         """The recipe's prompts, or eight conditions from the end of the set, which is kept for validation."""

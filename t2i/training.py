@@ -193,6 +193,9 @@ class Trainer:
                 if train.sample_every and (step % train.sample_every == 0 or step == train.steps):
                     with window.paused():
                         log.image(step, self.inspection.sample_grid(step))
+                if train.judge_every and (step % train.judge_every == 0 or step == train.steps):
+                    with window.paused():
+                        log.write({"step": step, **self.inspection.judge_shapes(step)})
                 ends = stops > 0 or step == train.steps
                 if ends or step % train.save_every == 0:
                     with window.paused():
