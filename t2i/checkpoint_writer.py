@@ -124,7 +124,7 @@ def _write(state: Any, path: Path) -> None:
     with replacing(path) as stream:
         watched = _Watched(stream)
         try:
-            torch.save(state, watched)
+            torch.save(state, watched)  # type: ignore[arg-type]
         except Exception:
             # torch says no more than that a record has not the length it should.
             if watched.error is not None:

@@ -155,9 +155,9 @@ class Engine:
         # Under ZeRO-3 no rank ever holds the whole model.
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.stage == 3):
             model = make_model()
-        for name, parameter in model.named_parameters() if start is not None else ():
+        for name, parameter in model.named_parameters() if start else ():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                if name in start and (self.stage < 3 or runtime.is_first):
+                if start and name in start and (self.stage < 3 or runtime.is_first):
                     parameter.data.copy_(start[name])
         self.n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.deepspeed, *_ = deepspeed.initialize(

@@ -251,9 +251,9 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        causal = isinstance(mask, str)
+        allowed = None if isinstance(mask, str) else mask
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if causal else mask, is_causal=causal, enable_gqa=self.n_head != self.n_kv_head
+            q, k, v, attn_mask=allowed, is_causal=isinstance(mask, str), enable_gqa=self.n_head != self.n_kv_head
         )
         return self.dropout(self.wo(mixed.transpose(1, 2).reshape(batch, length, -1)))
 

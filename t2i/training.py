@@ -238,7 +238,7 @@ class Trainer:
     def _suspects(self, step: int, losses_RA: Sequence[Sequence[float]]) -> list[int]:
         """Samples of the micro-batches whose loss is no finite number, of the highest loss where all are, given the losses
         of all ranks."""
-        parts = []
+        parts: list[tuple[float, np.ndarray]] = []
         for rank, losses_A in enumerate(losses_RA):
             numbers = self.order.indices(step, self.engine.global_batch, rank, self.runtime.ranks)
             parts += zip(losses_A, np.split(numbers, len(losses_A)), strict=True)

@@ -39,7 +39,9 @@ def forked(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 def recipe(data: Path) -> Recipe:
     """40 steps with dropout, dropped captions and an average, and a checkpoint now and then."""
     small = small_recipe(data)
-    train = replace(small.train, steps=STEPS, sample_every=0, judge_every=0, validate_every=20, save_every=10, keep_last=3)
+    train = replace(
+        small.train, steps=STEPS, sample_every=0, judge_every=0, validate_every=20, save_every=10, keep_last=3
+    )
     return replace(small, train=train)
 
 

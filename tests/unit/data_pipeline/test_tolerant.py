@@ -40,5 +40,7 @@ def test_the_next_sample_stands_in_for_one_that_cannot_be_read(shards: Damaged) 
 
 def test_a_set_of_which_nothing_can_be_read_is_an_error(shards: Damaged) -> None:
     shards.lost = frozenset(range(12))
-    with pytest.raises(ValueError, match=r"10 samples in a row cannot be read, the last one since: sample 1 is unreadable"):
+    with pytest.raises(
+        ValueError, match=r"10 samples in a row cannot be read, the last one since: sample 1 is unreadable"
+    ):
         TolerantSet(shards, 10, lambda number, error: None).read(2)
