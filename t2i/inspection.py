@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from data_pipeline.index import ShardSet
@@ -21,6 +20,9 @@ from t2i.objective import TrainingModel
 from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
 from t2i.text_encoder import TextEncoder
 from t2i.vq import VQModel, load_vq
+
+Judge = Callable[[TextToImagePipeline], dict[str, float]]
+"""Scores of the pictures that a pipeline draws, by name."""
 
 
 class Inspection:
@@ -90,28 +92,10 @@ class Inspection:
                 grid.save(path)
         return path
 
-    def judge_shapes(self, step: int) -> dict[str, float]:
-        """GenEval-shapes scores of one picture for each of `train.judge_prompts` prompts a task, by the exact judge of the
-        embedded data: "geneval_shapes/TASK", on the first rank; nothing elsewhere."""
-        from eval.generate import picture_seed  # only runs that ask for it need the judge
-        from eval.geneval.detectors import load_detector
-        from eval.geneval.judging import Picture, judge_pictures
-        from eval.geneval.prompts import shapes_prompts
-        from eval.geneval.statistics import summarize
-
-        scores = {}
+    def judged(self, step: int, judge: Judge) -> dict[str, float]:
+        """What a judge says of the model's pictures, on the first rank; nothing elsewhere."""
         with self._drawing(step) as pipe:
-            if pipe is not None:
-                prompts = shapes_prompts(self._recipe.train.judge_prompts)
-                seeds = [picture_seed(number, 0, self._recipe.train.seed) for number in range(len(prompts))]
-                images = pipe([prompt["prompt"] for prompt in prompts], seeds=seeds)
-                pictures = (
-                    Picture(str(number), prompt, np.asarray(image))
-                    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True))
-                )
-                summary = summarize(judge_pictures(load_detector("shapes"), pictures, len(prompts), progress=False))
-                scores = {f"geneval_shapes/{tag}": summary[tag].per_image.value for tag in summary.tags}
-        return scores
+            return {} if pipe is None else judge(pipe)
 
     def _prompts(self) -> list[Any]:
         """The recipe's prompts, or eight conditions from the end of the set, which is kept for validation."""

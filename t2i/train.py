@@ -50,7 +50,12 @@ def main() -> int:
 
         deepspeed_config = read_deepspeed_config(known.deepspeed_config)
         runtime = start_runtime()
-        trainer = Trainer(recipe, deepspeed_config, runtime)
+        judge = None
+        if recipe.train.judge_every:
+            from eval.in_training import shapes_judge
+
+            judge = shapes_judge(recipe.train.judge_prompts, recipe.train.seed)
+        trainer = Trainer(recipe, deepspeed_config, runtime, judge)
         started = True
         outcome = trainer.run()
     except (ValueError, OSError) as error:

@@ -31,7 +31,7 @@ from t2i.config import Recipe, to_json
 from t2i.engine import Engine, Runtime, broadcast_bytes
 from t2i.errors import RunError
 from t2i.health import Health
-from t2i.inspection import Inspection
+from t2i.inspection import Inspection, Judge
 from t2i.metrics import MetricsLog
 from t2i.objective import TrainingModel, build_model, condition_tensors, parameter_groups
 from t2i.optimizer import lr_at, make_optimizer
@@ -59,8 +59,11 @@ class Outcome:
 class Trainer:
     """One run on one rank. Make it on every rank, which resumes from the newest whole checkpoint, then call `run`."""
 
-    def __init__(self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime) -> None:
-        self.recipe, self.runtime = recipe, runtime
+    def __init__(
+        self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime, judge: Judge | None = None
+    ) -> None:
+        """`judge` is asked every `train.judge_every` steps."""
+        self.recipe, self.runtime, self._judge_of_pictures = recipe, runtime, judge
         train = recipe.train
         self.shards = ShardSet(recipe.data.path)
         # A published text encoder is gigabytes: read on one rank, not on all.
@@ -193,9 +196,9 @@ class Trainer:
                 if train.sample_every and (step % train.sample_every == 0 or step == train.steps):
                     with window.paused():
                         log.image(step, self.inspection.sample_grid(step))
-                if train.judge_every and (step % train.judge_every == 0 or step == train.steps):
+                if self._judge_of_pictures and (step % train.judge_every == 0 or step == train.steps):
                     with window.paused():
-                        log.write({"step": step, **self.inspection.judge_shapes(step)})
+                        log.write({"step": step, **self.inspection.judged(step, self._judge_of_pictures)})
                 ends = stops > 0 or step == train.steps
                 if ends or step % train.save_every == 0:
                     with window.paused():

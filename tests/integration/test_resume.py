@@ -83,10 +83,19 @@ def test_stopped_three_times_is_as_never_stopped(
 def test_killed_at_any_moment(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """26 kills in one run: at chosen moments, and at random ones; of one rank, or of all."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    often = ("--train.save-every", "2", "--train.keep-last", "1")
+    often = (
+        "--train.steps",
+        "400",
+        "--train.save-every",
+        "3",
+        "--train.keep-last",
+        "1",
+        "--train.validate-every",
+        "100",
+    )
     chance = random.Random(5)
     kills: list[dict[str, Any]] = [{"fault": name} for name in FAULTS for _ in range(2)]
-    kills += [{"kill": {"after": chance.uniform(0, 1.5), "who": who}} for who in ("all", "one") * 5]
+    kills += [{"kill": {"after": chance.uniform(0, 0.6), "who": who}} for who in ("all", "one") * 5]
     chance.shuffle(kills)
     runs = [
         run(straight, 2, 2, *often),
@@ -101,7 +110,7 @@ def test_killed_at_any_moment(run: Callable[..., dict[str, Any]], tmp_path: Path
     assert results(killed) == results(straight)
     assert_same_weights(killed, straight)
     (whole,) = checkpoints(killed)
-    assert whole.info.step == STEPS
+    assert whole.info.step == 400
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (1, 4), (3, 2), (3, 1)])
