@@ -109,8 +109,9 @@ def test_killed_at_any_moment(run: Callable[..., dict[str, Any]], tmp_path: Path
     assert all(answer["outlived"] < 30 for answer in answers), answers
     assert results(killed) == results(straight)
     assert_same_weights(killed, straight)
-    (whole,) = checkpoints(killed)
-    assert whole.info.step == 400
+    steps = [whole.info.step for whole in checkpoints(killed)]
+    assert steps[-1] == 400
+    assert len(steps) <= 2  # the newest, and the one that was gone on from
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (1, 4), (3, 2), (3, 1)])
