@@ -89,6 +89,38 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in rows(run_dir) if "loss" in row]
 
 
+def forked(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Execute runs one after the other, each forked from one process that has imported everything."""
+    scenario = folder / "scenario.json"
+    scenario.write_text(json.dumps(runs))
+    done = execute([sys.executable, "-m", "tests.integration.forked", scenario], timeout=900)
+    log = scenario.with_suffix(".log")
+    assert done.returncode == 0, done.stderr + (log.read_text()[-4000:] if log.exists() else "")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]
+
+
+Entry = Callable[..., dict[str, Any]]
+"""entry(run_dir, stage, ranks, options..., what is to happen) -> a run of a scenario; the global batch stays the same."""
+
+
+def entries(recipe: Recipe, folder: Path) -> Entry:
+    """Makes runs of a recipe for `forked`."""
+    (folder / "recipe.json").write_text(to_json(recipe))
+
+    def entry(run_dir: Path, stage: int = 2, ranks: int = 2, *options: str, **more: Any) -> dict[str, Any]:
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 100} if stage == 3 else {})
+        config = {
+            "train_micro_batch_size_per_gpu": 8 // ranks, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+            "zero_optimization": zero,
+        }  # fmt: skip
+        path = folder / f"zero{stage}-{ranks}.json"
+        path.write_text(json.dumps(config))
+        arguments = [str(folder / "recipe.json"), "--deepspeed_config", str(path), "--run-dir", str(run_dir), *options]
+        return {"ranks": ranks, "arguments": arguments, "run_dir": str(run_dir), **more}
+
+    return entry
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shapes pictures made, indexed and encoded by the command line."""

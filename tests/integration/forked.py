@@ -3,15 +3,16 @@
 One process imports everything once, and forks itself for each rank of each run, as if the launcher had started it. What ends
 a run here are signals that are really sent and ranks that really die, so tests that need tens of runs take minutes.
 
-A scenario is a list of runs, each {"ranks", "arguments", "fault", "kill"}. "fault": one of `FAULTS`, on the last rank.
-"kill": {"after": seconds since the first step, "who": "all" or "one"}. "signal_at": the step during which the last rank is
-told to save and end. The answer, a line of JSON: for every run its exit
+A scenario is a list of runs, each {"ranks", "arguments", "run_dir"} and what is to happen to it. "fault": one of `FAULTS`, on
+the last rank; "trouble": one of `TROUBLES`, there too. "kill": {"after": seconds since the first step, "who": "all" or "one"}.
+"signal_at": the step during which the last rank is told to save and end. The answer, a line of JSON: for every run its exit
 codes, in the order of the ranks, and how many seconds the other ranks outlived the first that died.
 """
 
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -102,6 +103,44 @@ OF_FIRST_RANK = {"model shard", "before metadata", "after metadata", "removing o
 """Those that only the first rank comes to."""
 
 
+def no_numbers(steps: tuple[int, ...]) -> None:
+    """The loss is no number in these steps (the first is 0)."""
+    forward, inputs = objective.TrainingModel.forward, training.Trainer._inputs
+    now: list[int] = []
+
+    def noting(self: Any, step: int, *arguments: Any) -> Any:
+        now[:] = [step]
+        return inputs(self, step, *arguments)
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        loss = forward(self, *arguments)
+        return loss * float("nan") if self.training and now[0] in steps else loss
+
+    training.Trainer._inputs = noting  # type: ignore[method-assign]
+    objective.TrainingModel.forward = poisoned  # type: ignore[method-assign]
+
+
+def full_disk(step: int) -> None:
+    """Files cannot grow beyond 20 kB while the checkpoint of this step is written."""
+    begin, before = checkpoint.Saver.begin, resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(self: Any, now: int) -> Any:
+        problem = self.finish()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if now == step else before[0], before[1]))
+        return problem or begin(self, now)
+
+    checkpoint.Saver.begin = limited  # type: ignore[method-assign]
+
+
+TROUBLES: dict[str, Callable[[], None]] = {
+    "two steps without numbers": lambda: no_numbers((3, 5)),
+    "two steps in a row without numbers": lambda: no_numbers((3, 4)),
+    "full disk": lambda: full_disk(4),
+}
+"""What goes wrong on the last rank and does not kill it, by name."""
+
+
 def _rank(rank: int, run: dict[str, Any], port: int, log: Path, seed: int) -> None:
     ranks = run["ranks"]
     os.environ.update(
@@ -113,6 +152,8 @@ def _rank(rank: int, run: dict[str, Any], port: int, log: Path, seed: int) -> No
     fault = run.get("fault")
     if fault is not None and rank == (0 if fault in OF_FIRST_RANK else ranks - 1):
         FAULTS[fault](random.Random(seed))
+    if run.get("trouble") is not None and rank == ranks - 1:
+        TROUBLES[run["trouble"]]()
     if run.get("signal_at") is not None and rank == ranks - 1:
         signal_in_step(run["signal_at"])
     sys.argv = ["t2i/train.py", *run["arguments"]]

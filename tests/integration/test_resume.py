@@ -1,9 +1,6 @@
 """Stopped, killed and cut off at every kind of moment, and resumed: the run ends as if nothing had happened."""
 
-import json
 import random
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +9,10 @@ import pytest
 import torch
 
 from t2i.checkpoint import checkpoints
-from t2i.config import Recipe, to_json
+from t2i.config import Recipe
 from t2i.export import merged_weights
 
-from .conftest import execute, losses, results, small_recipe
+from .conftest import Entry, entries, forked, losses, results, small_recipe
 from .forked import FAULTS
 from .test_training import assert_same_weights
 
@@ -23,16 +20,6 @@ pytestmark = pytest.mark.slow
 
 STEPS = 40
 STOPS = (7, 13, 29)
-
-
-def forked(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Execute runs one after the other, each forked from one process that has imported everything."""
-    scenario = folder / "scenario.json"
-    scenario.write_text(json.dumps(runs))
-    done = execute([sys.executable, "-m", "tests.integration.forked", scenario], timeout=900)
-    log = scenario.with_suffix(".log")
-    assert done.returncode == 0, done.stderr + (log.read_text()[-4000:] if log.exists() else "")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +33,12 @@ def recipe(data: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """run(run_dir, stage, ranks, changed options...) -> an entry of a scenario; the global batch stays the same."""
-    folder = tmp_path_factory.mktemp("configs")
-    (folder / "recipe.json").write_text(to_json(recipe))
-
-    def entry(run_dir: Path, stage: int = 2, ranks: int = 2, *options: str, **more: Any) -> dict[str, Any]:
-        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 100} if stage == 3 else {})
-        config = {
-            "train_micro_batch_size_per_gpu": 8 // ranks, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
-            "zero_optimization": zero,
-        }  # fmt: skip
-        path = folder / f"zero{stage}-{ranks}.json"
-        path.write_text(json.dumps(config))
-        arguments = [str(folder / "recipe.json"), "--deepspeed_config", str(path), "--run-dir", str(run_dir), *options]
-        return {"ranks": ranks, "arguments": arguments, "run_dir": str(run_dir), **more}
-
-    return entry
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Entry:
+    return entries(recipe, tmp_path_factory.mktemp("configs"))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stopped_three_times_is_as_never_stopped(
-    stage: int, run: Callable[..., dict[str, Any]], recipe: Recipe, tmp_path: Path
-) -> None:
+def test_stopped_three_times_is_as_never_stopped(stage: int, run: Entry, recipe: Recipe, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     runs = [run(straight, stage)]
     for stop in (*STOPS, None):
@@ -80,7 +50,7 @@ def test_stopped_three_times_is_as_never_stopped(
     assert_same_weights(stopped, straight)
 
 
-def test_killed_at_any_moment(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_killed_at_any_moment(run: Entry, tmp_path: Path) -> None:
     """26 kills in one run: at chosen moments, and at random ones; of one rank, or of all."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     often = (
@@ -116,7 +86,7 @@ def test_killed_at_any_moment(run: Callable[..., dict[str, Any]], tmp_path: Path
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (1, 4), (3, 2), (3, 1)])
 def test_other_numbers_of_ranks_and_stages_go_on(
-    stage: int, ranks: int, run: Callable[..., dict[str, Any]], recipe: Recipe, tmp_path: Path
+    stage: int, ranks: int, run: Entry, recipe: Recipe, tmp_path: Path
 ) -> None:
     """Written by two ranks at stage 2, and by four at stage 3; without dropout, which differs from rank to rank."""
     still = ("--model.dropout", "0")
