@@ -1,33 +1,105 @@
-"""Who of the ranks is dead or hangs, and what to say of it: functions of what ranks have said and when.
+"""Which rank is dead or hangs, and what to say of it: functions of what ranks have said of themselves and when.
 
-No sockets and no clock of its own in here: `t2i.monitor` brings both, so that every rule can be tested by itself. Times
-are seconds of one clock, that of the process which judges, since the clocks of hosts differ.
+No store and no clock in here: `t2i.monitor` brings both. Times are seconds on the clock of the process that judges, since
+the clocks of hosts differ; a rank lives while its beats change.
 """
 
+import json
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
-from t2i.beats import Beat, Verdict
+EXIT_DEAD_RANK = 86
+"""Exit code of a rank that is well, after another one has died, fallen silent or failed."""
+EXIT_HANG = 87
+"""Exit code of all ranks after no step was done in time, or after a collective failed and no rank was found dead."""
 
-BEAT_SECONDS = 2.0
-"""Between two signs of life of a rank."""
-SILENT_SECONDS = 20.0
-"""Silence after which a rank in training is taken for dead. A host without power is noticed by nothing else."""
-SILENT_AT_START_SECONDS = 60.0
-"""The same before the first step, when libraries that are loaded and keep Python's lock can hold up the beats."""
-QUIET_SECONDS = 2.5 * BEAT_SECONDS
-"""Silence that means something where there is other evidence."""
-NEVER_HEARD_SECONDS = 30.0
-"""How long a rank may take for its first beat."""
-SETTLE_SECONDS = 1.0
-"""Between the first death or failure and the verdict: a host takes several ranks with it, and a mistake that every rank is
-about to make is told by each in its own way."""
-FOLLOW_UP_SECONDS = 5.0
-"""How long an error inside a collective waits for the rank that caused it to be found."""
-UNUSUAL_FACTOR = 4
-"""Before the first step, and while saving, validating and sampling, a step may take this many times `watchdog`."""
+BEAT_SECONDS = 1.0
+"""Between two beats of a rank."""
+SILENT_SECONDS = 10.0
+"""Without a beat for so long, a rank in training is dead."""
+SILENT_AT_START_SECONDS = 25.0
+"""The same before its first step, when libraries that are loaded or compiled may hold Python's lock."""
+QUIET_SECONDS = 3.0
+"""Without a beat for so long, a rank is dead where a collective has failed on another, or another is dead."""
+SETTLE_SECONDS = 2.0
+"""From the first error to the verdict: a mistake that all ranks make is told by each of them, not by a verdict."""
+ECHO_SECONDS = 8.0
+"""From an error in a collective to the verdict that nobody has died and somebody must hang."""
+START_FACTOR = 4
+"""Before its first step a rank may take so many times as long as the watchdog allows afterwards."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself. `pid` 0 stands for a rank that has said nothing yet."""
+
+    rank: int
+    host: str = "unknown host"
+    pid: int = 0
+    parent: int = 0
+    state: Literal["running", "failed", "finished"] = "running"
+    count: int = 0
+    """Grows with every beat."""
+    signs: int = 0
+    """Grows with every sign of progress."""
+    step: int | None = None
+    """The last one done by this process."""
+    doing: str = ""
+    """What takes longer than a step, if anything: "saving", for example."""
+    where: str = ""
+    """Where the main thread is."""
+    waits: bool = False
+    """Whether that is inside torch or DeepSpeed, as of a rank that waits for others."""
+    error: str = ""
+    echo: bool = False
+    """Whether the error came out of a collective, and so may be the fault of another rank."""
+    lines: tuple[str, ...] = ()
+    """The last ones of its log."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}" + (f", pid {self.pid}" if self.pid else "")
+
+    @property
+    def progress(self) -> str:
+        """ "after step 7", in words."""
+        step = "before its first step" if self.step is None else f"after step {self.step}"
+        return f"{step}, {self.doing}" if self.doing else step
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Beat":
+        values = json.loads(text)
+        return cls(**{**values, "lines": tuple(values["lines"])})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the job ends: a line, and below it the last log lines of the ranks that are named."""
+
+    kind: Literal["dead", "failed", "hangs"]
+    text: str
+    dead: tuple[Beat, ...] = ()
+    """Ranks that may be unable to end by themselves."""
+    speakers: tuple[int, ...] = ()
+    """The ranks that print the text: on each host the first that is well."""
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_HANG if self.kind == "hangs" else EXIT_DEAD_RANK
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Verdict":
+        values = json.loads(text)
+        dead = tuple(Beat.from_json(json.dumps(one)) for one in values["dead"])
+        return cls(values["kind"], values["text"], dead, tuple(values["speakers"]))
 
 
 @dataclass
@@ -35,142 +107,133 @@ class _Seen:
     beat: Beat
     heard: float
     moved: float
-    ended: float = math.inf
     failed: float = math.inf
 
 
 @dataclass
 class Judge:
-    """Takes what is heard of some ranks and says, at any time, whether the job has to end and why.
+    """Hears the beats of some ranks, and says at any time whether the job has to end and why.
 
-    The verdict is about the first cause. An error that came out of a collective is most often the echo of another rank's
-    death, so it counts only when nothing else has been found for a while.
+    The verdict is about the first cause: an error out of a collective is most often the echo of another rank's death, so
+    it only makes silence suspicious earlier, and counts by itself when nobody is found dead.
     """
 
-    ranks: Collection[int]
+    ranks: Sequence[int]
     watchdog: float
-    """Seconds without a step that are too many; 0 for no such limit."""
+    """Seconds without a sign of progress that are too many; 0 for no such limit."""
     stacks: str
     """Where stacks are written to, for the text."""
-    now: float
-    """Time at which judging begins."""
+    begun: float
     _seen: dict[int, _Seen] = field(init=False)
-    _looked: float = field(init=False)
-    _settle: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._seen = {rank: _Seen(Beat(rank), self.now, self.now) for rank in self.ranks}
-        self._looked = self.now
-        self._settle = SETTLE_SECONDS if len(self._seen) > 1 else 0.0
+        self._seen = {rank: _Seen(Beat(rank), self.begun, self.begun) for rank in self.ranks}
 
     def hear(self, beat: Beat, now: float) -> None:
-        """A beat has come."""
+        """Take in what a rank says at this time, be it news or not."""
         seen = self._seen[beat.rank]
-        if beat.ticks != seen.beat.ticks or beat.state != seen.beat.state or not seen.beat.pid:
+        if beat.count != seen.beat.count:
+            seen.heard = now
+        if beat.signs != seen.beat.signs or not seen.beat.pid:
             seen.moved = now
         if beat.state == "failed":
             seen.failed = min(seen.failed, now)
-        seen.beat, seen.heard = beat, now
+        seen.beat = beat
 
-    def end(self, rank: int, now: float) -> None:
-        """The connection to a rank has ended."""
-        self._seen[rank].ended = now
+    def ended(self) -> bool:
+        """Whether all ranks are done, in one way or the other."""
+        return all(seen.beat.state == "finished" or _at_fault(seen.beat) for seen in self._seen.values())
 
-    def has_ended(self, rank: int) -> bool:
-        return self._seen[rank].ended < math.inf
-
-    def all_finished(self) -> bool:
-        return all(seen.beat.state == "finished" for seen in self._seen.values())
+    def listeners(self, verdict: Verdict) -> list[int]:
+        """The ranks that still wait for a verdict, and can take this one."""
+        beats = [seen.beat for _, seen in sorted(self._seen.items())]
+        return [
+            one.rank for one in beats if (one.state == "running" or one.echo) and one.pid and one not in verdict.dead
+        ]
 
     def verdict(self, now: float) -> Verdict | None:
-        """Why the job has to end, or None. Call it often: a long gap between two calls is not held against the ranks."""
-        gap, self._looked = now - self._looked, now
-        if gap > BEAT_SECONDS + 1:
-            # This process was stopped itself, or something kept Python's lock: beats have come and were not read.
-            for seen in self._seen.values():
-                seen.heard, seen.moved = seen.heard + gap, seen.moved + gap
-        return self._failed(now) or self._dead(now) or self._echo(now) or self._hangs(now)
+        """Why the job has to end, or None."""
+        return self._failed(now) or self.dead(now) or self._echo(now) or self._hangs(now)
+
+    def dead(self, now: float) -> Verdict | None:
+        """The verdict on ranks that have fallen silent, if any."""
+        echo = any(seen.beat.echo for seen in self._seen.values())
+        silent = {seen.beat.rank: now - seen.heard for seen in self._running() if now - seen.heard > QUIET_SECONDS}
+        if not any(echo or seconds > _patience(self._seen[rank].beat) for rank, seconds in silent.items()):
+            return None
+        beats = [self._seen[rank].beat for rank in silent]
+        text = (
+            f"{_names(beats)} is dead or stopped: no sign of life for {max(silent.values()):.0f} s, {beats[0].progress}"
+        )
+        if beats[0].where:
+            text += f", last seen at {beats[0].where}"
+        return self._verdict("dead", f"{text}; it cannot write its stacks", beats, dead=beats)
+
+    def gone(self, rank: int, why: str) -> Verdict:
+        """The verdict on a rank that is known to be gone."""
+        beat = self._seen[rank].beat
+        if _at_fault(beat):
+            return self._verdict("failed", f"{beat} failed {beat.progress}: {beat.error}", [beat])
+        return self._verdict("dead", f"{beat} is dead or cut off ({why}), {beat.progress}", [beat], dead=[beat])
+
+    def _running(self) -> list[_Seen]:
+        return [seen for seen in self._seen.values() if seen.beat.state == "running"]
 
     def _failed(self, now: float) -> Verdict | None:
-        failures = [seen for seen in self._seen.values() if seen.failed < math.inf and not seen.beat.follow_up]
-        if not failures:
+        failures = [seen for seen in self._seen.values() if _at_fault(seen.beat)]
+        first = min(failures, key=lambda seen: seen.failed, default=None)
+        if first is None or now - first.failed < SETTLE_SECONDS:
             return None
-        if now - min(seen.failed for seen in failures) < self._settle:
-            return None
-        first = min(failures, key=lambda seen: seen.failed).beat
-        return Verdict("failed", (first,), with_lines(f"{first} failed {first.progress}: {first.error}", [first]))
-
-    def _dead(self, now: float) -> Verdict | None:
-        watched = [seen for seen in self._seen.values() if seen.beat.state != "finished"]
-        ended = sorted((seen.ended, seen.beat.rank) for seen in watched if seen.ended < math.inf)
-        troubled = any(now - seen.failed > FOLLOW_UP_SECONDS for seen in watched)
-        silent = [
-            seen for seen in watched
-            if seen.ended == math.inf and now - seen.heard > (QUIET_SECONDS if ended or troubled else _patience(seen.beat))
-        ]  # fmt: skip
-        quiet = [seen.beat for seen in silent]
-        silence = f"nothing heard of {_names(quiet)} for {min((now - seen.heard for seen in silent), default=0):.0f} s"
-        if ended:
-            if now - ended[0][0] < self._settle:
-                return None
-            dead = [self._seen[rank].beat for _, rank in ended]
-            # A rank whose own call broke, and which then went, followed another.
-            first = [beat for beat in dead if beat.state != "failed"] or dead
-            cause = f": {first[0].error}" if first[0].error else " without a word"
-            text = f"{_names(first)} died {first[0].progress}{cause}" + (f"; {silence} either" if quiet else "")
-            return Verdict("died", (*first, *quiet), with_lines(text, [*first, *quiet]))
-        if quiet:
-            text = f"{silence}, {quiet[0].progress}: stopped, cut off or without power"
-            return Verdict("silent", tuple(quiet), with_lines(text, quiet))
-        return None
+        return self.gone(first.beat.rank, "")
 
     def _echo(self, now: float) -> Verdict | None:
-        watched = [seen for seen in self._seen.values() if seen.beat.state != "finished"]
-        echoes = sorted((seen.failed, seen.beat.rank) for seen in watched if seen.failed < math.inf)
-        # Later than `_dead` looks for silent ranks, and not while a death that it has found is settling.
-        patience = FOLLOW_UP_SECONDS + BEAT_SECONDS
-        if not echoes or now - echoes[0][0] < patience or any(seen.ended < math.inf for seen in watched):
+        echoes = [seen for seen in self._seen.values() if seen.beat.echo]
+        first = min(echoes, key=lambda seen: seen.failed, default=None)
+        if first is None or now - first.failed < ECHO_SECONDS:
             return None
-        first = self._seen[echoes[0][1]].beat
-        text = f"{first} failed in a collective {first.progress}, and no other rank is known to be the cause: {first.error}"
-        return Verdict("failed", (first,), with_lines(text, [first]))
+        text = f"a collective failed on {first.beat} {first.beat.progress} ({first.beat.error}) and no rank is dead"
+        return self._hang_verdict(text, [seen.beat for seen in self._running()] or [seen.beat for seen in echoes])
 
     def _hangs(self, now: float) -> Verdict | None:
-        running = [seen for seen in self._seen.values() if seen.beat.state == "running" and seen.beat.pid]
-        # Ranks tell of their steps a beat late.
-        late = [s for s in running if self.watchdog and now - s.moved > self._allowance(s.beat) + BEAT_SECONDS]
-        unclear = any(1.5 * BEAT_SECONDS < now - seen.heard <= QUIET_SECONDS for seen in running)
-        if not late or unclear:
+        late = [seen for seen in self._running() if self.watchdog and now - seen.moved > self._allowance(seen.beat)]
+        # Of a rank that is about to be found dead nobody should say that it hangs.
+        if not late or any(now - seen.heard > QUIET_SECONDS for seen in self._running()):
             return None
-        silent = {seen.beat.rank for seen in running if now - seen.heard > QUIET_SECONDS}
-        beats = [seen.beat for seen in running]
-        culprits = [beat for beat in beats if beat.rank in silent] or hanging(beats)
-        seconds = max(now - seen.moved for seen in late)
-        text = f"no step done for {seconds:.0f} s, {max(late, key=lambda seen: now - seen.moved).beat.progress}: "
-        if silent:
-            text += f"nothing heard of {_names(culprits)} either, which cannot write its stacks"
-        elif culprits:
-            place = "; ".join(f"{beat} is at {beat.where}" for beat in culprits[:4])
-            text += place + (" and the others wait for it" if len(culprits) < len(beats) else "")
-        else:
-            text += f"all ranks wait, none apart from the others; rank {beats[0].rank} is at {beats[0].where}"
-        text += f"; stacks are in {self.stacks}"
-        return Verdict("hangs", tuple(beat for beat in beats if beat.rank in silent), with_lines(text, culprits))
+        longest = max(late, key=lambda seen: now - seen.moved)
+        text = f"no step done for {now - longest.moved:.0f} s, {longest.beat.progress}"
+        return self._hang_verdict(text, [seen.beat for seen in self._running()])
 
     def _allowance(self, beat: Beat) -> float:
-        return self.watchdog * (UNUSUAL_FACTOR if beat.step is None or beat.phase else 1)
+        return self.watchdog * (START_FACTOR if beat.step is None else 1)
+
+    def _hang_verdict(self, text: str, beats: Sequence[Beat]) -> Verdict:
+        culprits = behind(beats)
+        if culprits:
+            text += "".join(f"; {beat} is behind, {beat.progress}, at {beat.where}" for beat in culprits[:4])
+        else:
+            text += f"; none of {len(beats)} ranks is behind the others; rank {beats[0].rank} is at {beats[0].where}"
+        return self._verdict("hangs", f"{text}; stacks of all ranks are in {self.stacks}", culprits)
+
+    def _verdict(
+        self, kind: Literal["dead", "failed", "hangs"], text: str, beats: Sequence[Beat], dead: Sequence[Beat] = ()
+    ) -> Verdict:
+        verdict = Verdict(kind, _with_lines(text, beats), tuple(dead))
+        speakers: dict[str, int] = {}
+        for rank in self.listeners(verdict):
+            speakers.setdefault(self._seen[rank].beat.host, rank)
+        return replace(verdict, speakers=tuple(speakers.values()))
 
 
-def hanging(beats: Sequence[Beat]) -> list[Beat]:
-    """The ranks that the others wait for, as far as places tell: a hint, and empty where there is none.
+def behind(beats: Sequence[Beat]) -> list[Beat]:
+    """The ranks that the others wait for, as far as steps and places tell: a hint, and empty where there is none.
 
-    They are outside of torch and DeepSpeed while others are inside, or else a step behind, or else at a place where few are.
+    They have done fewer steps; or are outside of torch and DeepSpeed while others are inside; or at a place where few are.
     """
+    steps = [-1 if beat.step is None else beat.step for beat in beats]
     places = Counter(beat.where for beat in beats)
-    last = max(beat.step or 0 for beat in beats)
     for apart in (
+        [beat for beat, step in zip(beats, steps, strict=True) if step < max(steps)],
         [beat for beat in beats if not beat.waits],
-        [beat for beat in beats if (beat.step or 0) < last],
         [beat for beat in beats if 2 * places[beat.where] < len(beats)],
     ):
         if 0 < len(apart) < len(beats):
@@ -178,22 +241,22 @@ def hanging(beats: Sequence[Beat]) -> list[Beat]:
     return list(beats) if len(beats) == 1 else []
 
 
-def with_lines(text: str, beats: Sequence[Beat]) -> str:
-    """The text, and below it the last log lines of up to four ranks."""
-    parts = [text]
-    for beat in beats[:4]:
-        if beat.lines:
-            parts.append(f"last lines of rank {beat.rank}:")
-            parts += [f"    {line}" for line in beat.lines]
-    return "\n".join(parts)
+def _at_fault(beat: Beat) -> bool:
+    return beat.state == "failed" and not beat.echo
+
+
+def _patience(beat: Beat) -> float:
+    return SILENT_AT_START_SECONDS if beat.step is None else SILENT_SECONDS
 
 
 def _names(beats: Sequence[Beat]) -> str:
     more = f" and {len(beats) - 4} more ranks" if len(beats) > 4 else ""
-    return ", ".join(str(beat) for beat in beats[:4]) + more
+    return "; ".join(str(beat) for beat in beats[:4]) + more
 
 
-def _patience(beat: Beat) -> float:
-    if not beat.pid:
-        return NEVER_HEARD_SECONDS
-    return SILENT_AT_START_SECONDS if beat.step is None else SILENT_SECONDS
+def _with_lines(text: str, beats: Iterable[Beat]) -> str:
+    parts = [text]
+    for beat in list(beats)[:4]:
+        if beat.lines:
+            parts += [f"last lines of rank {beat.rank}:", *(f"    {line}" for line in beat.lines)]
+    return "\n".join(parts)

@@ -4,91 +4,98 @@
         ...
         monitor.progress.step(1)
 
-It works in a thread and over connections of its own, since a collective may never return: rank 0 listens, and every other
-rank holds one connection to it. The system ends a connection the moment a process dies, however it dies, so death is
-noticed at once; a host without power or a stopped process by its silence (`t2i.liveness` has the rules). Rank 0
-judges; the others judge rank 0. A verdict reaches every rank, and each then ends its process, whatever its main
-thread is in. Work and messages are proportional to the number of ranks, on rank 0 alone.
-
-Only plain JSON lines are sent, after a secret that rank 0 has shared by a collective: what else connects is turned away.
+A thread on every rank writes a beat a second into a key-value store (TCPStore) that rank 0 holds. It uses no collectives,
+since a collective may never return. Rank 0 judges the beats (`t2i.liveness` has the rules); the others judge rank 0 by its
+beat and by their connection to it. After a verdict each rank ends its own process, whatever its main thread is in.
 """
 
-import asyncio
 import contextlib
 import json
 import os
 import re
-import secrets
-import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from t2i.beats import EXIT_DEAD_RANK, Beat, Progress, State, Verdict, beat_from, speaker, verdict_from, verdict_to_json
-from t2i.liveness import BEAT_SECONDS, SILENT_SECONDS, Judge
-from t2i.rank_log import RankLog, born, place, write_stacks
+import psutil
+from torch.distributed import DistError, TCPStore
 
-TICK_SECONDS = 0.5
-"""Between two looks at what has come."""
-PARTING_SECONDS = 2.0
-"""How long rank 0 waits for the others to have read its last word."""
-FAREWELL_SECONDS = 30.0
-"""How long a rank that has finished waits for the others."""
+from t2i.liveness import BEAT_SECONDS, EXIT_DEAD_RANK, SILENT_SECONDS, Beat, Judge, Verdict
+from t2i.rank_log import RankLog, place, write_stacks
+
+CONNECT_SECONDS = 30.0
+"""How long a rank tries to reach the store of rank 0."""
+POLL_SECONDS = 0.1
+"""Between two looks of a rank that only waits for the others."""
+TOLD_SECONDS = 5.0
+"""How long rank 0 waits for the others to read a verdict."""
 BACKSTOP_SECONDS = 5.0
 """The process ends this long after a verdict even if it cannot be written down: the disk may be what hangs."""
-LINGER_SECONDS = 20.0
-"""The same for a rank that ends by an error of its own, and has that to tell."""
-LINE_LIMIT = 1 << 22
-"""Bytes of a message."""
+FAREWELL_SECONDS = 60.0
+"""How long rank 0, once done, waits for the others."""
 
 _ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed ?out", re.IGNORECASE)
 _COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
 
 
+class Progress:
+    """Where the training loop is, as it says itself; read by the monitor's thread."""
+
+    def __init__(self) -> None:
+        self.done: int | None = None
+        self.doing = ""
+        self.signs = 0
+
+    def step(self, number: int) -> None:
+        """Step `number` is done."""
+        self.done = number
+        self.signs += 1
+
+    @contextlib.contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """What happens inside is no step, and beginning and ending it are signs of life: saving, for example."""
+        self.doing = doing
+        self.signs += 1
+        try:
+            yield
+        finally:
+            self.doing = ""
+            self.signs += 1
+
+
 class Monitor:
     """The look-out of one rank; use as a context manager around all that the ranks do together.
 
-    Leaving it without an error tells the others that this rank is done. Leaving it with an error tells them of that, and
-    does not return where another rank turns out to be the cause: the process then ends with `EXIT_DEAD_RANK`.
+    Leaving it with an error tells the others. Where that error came out of a collective, it does not return: once the cause
+    is known, or is known to be unknown, the process ends with `EXIT_DEAD_RANK` or `EXIT_HANG`.
     """
 
     def __init__(
-        self,
-        rank: int,
-        ranks: int,
-        *,
-        local_rank: int,
-        folder: Path,
-        watchdog: float,
+        self, rank: int, ranks: int, *, local_rank: int, folder: Path, watchdog: float,
         share: Callable[[Callable[[], bytes]], bytes],
-        end: Callable[[int], Any] = os._exit,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`folder` takes logs and stacks; `watchdog` is in seconds, 0 for none. `share(make)` is called once, on every
         rank, and gives all of them what `make` returns on rank 0, which the others reach as MASTER_ADDR."""
         self.rank, self.ranks, self.folder, self.watchdog = rank, ranks, folder, watchdog
         self.progress = Progress()
         self.log = RankLog(folder / f"rank-{rank:05d}.log")
-        self._share, self._end = share, end
-        self._me = Beat(rank, local_rank, socket.gethostname(), os.getpid(), born(os.getpid()))
-        self._state: State = "running"
-        self._error, self._echo = "", False
-        self._socket: socket.socket | None = None
-        self._peers: dict[int, asyncio.StreamWriter] = {}
-        self._told: Verdict | None = None
-        self._dismissed = False
-        self._over = threading.Event()
+        self._local_rank, self._share = local_rank, share
+        self._me = Beat(rank, socket.gethostname(), os.getpid(), os.getppid())
+        self._beats = 0
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def __enter__(self) -> Self:
         """Raises OSError where rank 0 cannot be reached."""
-        if self.ranks > 1:
-            self._connect()
+        self._store = self._connect()
         self.log.__enter__()
-        threading.Thread(target=self._run, name="monitor", daemon=True).start()
+        self._thread.start()
         return self
 
     def open_log(self) -> None:
@@ -97,157 +104,133 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if error is None:
-            self._state = "finished"
-            self._over.wait(FAREWELL_SECONDS)
+            self._me = replace(self._me, state="finished")
         else:
             for line in "".join(traceback.format_exception(error)).splitlines():
                 self.log.line(line)
-            self._error, self._echo = f"{type(error).__name__}: {error}".partition("\n")[0][:500], is_echo(error)
-            self._state = "failed"
-            # In the second case the process is most often ended here, by the monitor's thread.
-            self._over.wait(SILENT_SECONDS + BACKSTOP_SECONDS if self._echo else BACKSTOP_SECONDS)
+            text = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
+            self._me = replace(self._me, state="failed", error=text, echo=self.ranks > 1 and is_echo(error))
+        self._wake.set()
+        self._thread.join(FAREWELL_SECONDS)
         self.log.__exit__()
 
-    # Connections
+    def _connect(self) -> TCPStore:
+        host = os.environ["MASTER_ADDR"]
+        stores = []
 
-    def _connect(self) -> None:
         def listen() -> bytes:
-            self._socket = _listener(self.ranks)
-            return json.dumps({"port": self._socket.getsockname()[1], "secret": secrets.token_hex(16)}).encode()
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SILENT_SECONDS))
+            # What is there is answered at once; what is not would be waited for.
+            store.multi_set(["verdict", *self._keys()], ["", *(Beat(rank).to_json() for rank in range(self.ranks))])
+            stores.append(store)
+            return json.dumps(store.port).encode()
 
-        address = json.loads(self._share(listen))
-        self._secret = address["secret"]
-        if self.rank:
-            host = os.environ["MASTER_ADDR"]
-            try:
-                self._socket = socket.create_connection((host, address["port"]), timeout=SILENT_SECONDS)
-            except OSError as error:
-                raise OSError(
-                    f"rank {self.rank} on {self._me.host} cannot reach the monitor of rank 0 at {host}:{address['port']} "
-                    f"({error}); allow connections between the hosts on all ports, as collectives need them too"
-                ) from error
+        port = json.loads(self._share(listen))
+        if stores:
+            return stores[0]
+        try:
+            store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+        except DistError as error:
+            raise OSError(
+                f"rank {self.rank} on {self._me.host} cannot reach the monitor of rank 0 at {host}:{port} "
+                f"({str(error).splitlines()[0]}); allow connections between the hosts on all ports, which collectives need too"
+            ) from error
+        store.set_timeout(timedelta(seconds=SILENT_SECONDS))
+        return store
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Rank 0: somebody has connected."""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, asyncio.TimeoutError):
-            hello = json.loads(await asyncio.wait_for(reader.readline(), BACKSTOP_SECONDS))
-            if secrets.compare_digest(str(hello["secret"]), self._secret) and 0 < hello["rank"] < self.ranks:
-                await self._converse(hello["rank"], reader, writer)
-        writer.close()
-
-    async def _converse(self, peer: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Take in what a rank says, until the connection ends."""
-        self._peers[peer] = writer
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            async for line in reader:
-                message = json.loads(line)
-                if "beat" in message:
-                    beat = beat_from(message["beat"])
-                    self._judge.hear(beat, time.monotonic())
-                    if beat.state == "finished" and self.rank == 0:
-                        writer.write(b'{"bye": true}\n')
-                elif "verdict" in message:
-                    self._told = verdict_from(message["verdict"])
-                else:
-                    self._dismissed = True
-        self._judge.end(peer, time.monotonic())
-        self._peers.pop(peer, None)
-        writer.close()
+    def _keys(self) -> list[str]:
+        return [f"beat/{rank}" for rank in range(self.ranks)]
 
     # The thread
 
     def _run(self) -> None:
         try:
-            verdict = asyncio.run(self._watch())
+            verdict = self._lead() if self.rank == 0 else self._follow()
             if verdict is not None:
                 self._conclude(verdict)
         except BaseException:  # nobody would notice the end of a thread, and everybody would miss its beats
             os.write(2, f"the monitor of rank {self.rank} has failed:\n{traceback.format_exc()}".encode())
-            self._end(EXIT_DEAD_RANK)
-        self._over.set()
+            os._exit(EXIT_DEAD_RANK)
 
-    async def _watch(self) -> Verdict | None:
-        """Listen and speak until there is a verdict, or None once all is done."""
-        leads = self.rank == 0
-        self._judge = Judge(
-            range(self.ranks) if leads else [0], self.watchdog if leads else 0.0,
-            f"{self.folder}/rank-*.stacks", time.monotonic(),
-        )  # fmt: skip
-        if self._socket is not None and leads:
-            server = await asyncio.start_server(self._welcome, sock=self._socket, limit=LINE_LIMIT)
-        elif self._socket is not None:
-            reader, writer = await asyncio.open_connection(sock=self._socket, limit=LINE_LIMIT)
-            writer.write(json.dumps({"secret": self._secret, "rank": self.rank}).encode() + b"\n")
-            talk = asyncio.create_task(self._converse(0, reader, writer))
-            await asyncio.sleep(0)
-        said, at = "", -BEAT_SECONDS
-        verdict: Verdict | None = None
+    def _lead(self) -> Verdict | None:
+        """Rank 0: judge until there is a verdict, or None once all is done."""
+        judge = Judge(range(self.ranks), self.watchdog, f"{self.folder}/rank-*.stacks", time.monotonic())
         while True:
+            self._beat()
+            beats = [Beat.from_json(text) for text in self._store.multi_get(self._keys())]
             now = time.monotonic()
-            if now - at >= BEAT_SECONDS or said != self._state:
-                own = self._beat()
-                said, at = own.state, now
-                if leads:
-                    self._judge.hear(own, now)
-                self._say(json.dumps({"beat": asdict(own)}))
-            verdict = self._told or self._judge.verdict(now)
+            for beat in beats:
+                judge.hear(beat, now)
+            if judge.ended():
+                return None
+            verdict = judge.verdict(now)
             if verdict is not None:
-                if leads:
-                    self._say(f'{{"verdict": {verdict_to_json(verdict)}}}')
                 break
-            if (
-                self._judge.all_finished()
-                if leads
-                else self._dismissed or (self._judge.has_ended(0) and self._is_done())
-            ):
-                break
-            await asyncio.sleep(TICK_SECONDS)
-        if leads and self._socket is not None:
-            # A process that goes while words to it are unread takes along words of its own that are on their way.
-            limit = time.monotonic() + PARTING_SECONDS
-            while self._peers and time.monotonic() < limit:
-                await asyncio.sleep(0.05)
-            server.close()
-        elif self._socket is not None:
-            writer.close()
-            talk.cancel()
+            self._pause()
+        self._store.set("verdict", verdict.to_json())
+        others = len(set(judge.listeners(verdict)) - {0})
+        while self._store.add("told", 0) < others and time.monotonic() - now < TOLD_SECONDS:
+            time.sleep(POLL_SECONDS)
         return verdict
 
-    def _is_done(self) -> bool:
-        return self._state == "finished" or self._judge.all_finished()
+    def _follow(self) -> Verdict | None:
+        """Other ranks: wait for a verdict of rank 0, and watch it; None once this rank is done."""
+        judge = Judge([0], 0.0, "", time.monotonic())
+        try:
+            while True:
+                self._beat()
+                if self._me.state == "finished" or (self._me.state == "failed" and not self._me.echo):
+                    return None
+                told, first = self._store.multi_get(["verdict", "beat/0"])
+                now = time.monotonic()
+                judge.hear(Beat.from_json(first), now)
+                if told:
+                    self._store.add("told", 1)
+                    return Verdict.from_json(told)
+                verdict = judge.dead(now)
+                if verdict is not None:
+                    break
+                self._pause()
+        except DistError as error:
+            verdict = judge.gone(0, f"no answer from it: {str(error).splitlines()[0]}")
+        # Without rank 0 the others know nothing of each other. On its host the next one speaks, on the others the first.
+        return replace(verdict, speakers=(self.rank,) if self._local_rank == 0 or self.rank == 1 else ())
 
-    def _beat(self) -> Beat:
+    def _pause(self) -> None:
+        if self._me.state == "running":
+            self._wake.wait(BEAT_SECONDS)
+        else:  # the main thread waits
+            time.sleep(POLL_SECONDS)
+
+    def _beat(self) -> None:
+        self._beats += 1
         where, waits = place()
         progress = self.progress
-        return replace(
-            self._me, state=self._state, step=progress.done, ticks=progress.ticks, phase=progress.phase, where=where,
-            waits=waits, error=self._error, follow_up=self._echo, lines=self.log.last,
+        beat = replace(
+            self._me, count=self._beats, signs=progress.signs, step=progress.done, doing=progress.doing, where=where,
+            waits=waits, lines=self.log.last,
         )  # fmt: skip
-
-    def _say(self, message: str) -> None:
-        for writer in self._peers.values():
-            if not writer.is_closing():
-                writer.write(message.encode() + b"\n")
+        self._store.set(f"beat/{self.rank}", beat.to_json())
 
     def _conclude(self, verdict: Verdict) -> None:
-        """Write the verdict down and end the process, unless it is about to end by an error of its own."""
-        fault = self._state == "failed" and (not self._echo or any(beat.rank == self.rank for beat in verdict.gone))
-        patience = LINGER_SECONDS if fault else BACKSTOP_SECONDS
-        backstop = threading.Timer(patience, self._end, [verdict.exit_code])
+        """Tell of the verdict and end the process, unless it is about to end by an error of its own."""
+        me = self._me
+        if me.state == "failed" and not me.echo:
+            return
+        backstop = threading.Timer(BACKSTOP_SECONDS, os._exit, [verdict.exit_code])
         backstop.daemon = True
         backstop.start()
-        if not fault and self._me.local_rank == speaker(self._me.host, verdict):
+        if self.rank in verdict.speakers:
             # Past Python's streams, whose locks the main thread may hold.
             os.write(2, f"\nerror: {verdict.text}\n".encode())
-        for beat in verdict.gone:
-            end_stopped(beat, self._me.host)
+        for beat in verdict.dead:
+            end_stopped(beat, me.host)
         with contextlib.suppress(OSError):
             if verdict.kind == "hangs":
-                write_stacks(self.log.path.with_suffix(".stacks"), f"{self._beat()} {self._beat().progress}")
-        if not fault:
-            for line in verdict.text.splitlines():
-                self.log.line(line)
-            self._end(verdict.exit_code)
+                write_stacks(self.log.path.with_suffix(".stacks"), f"{me} {verdict.text.splitlines()[0]}")
+        for line in verdict.text.splitlines():
+            self.log.line(line)
+        os._exit(verdict.exit_code)
 
 
 def is_echo(error: BaseException) -> bool:
@@ -261,19 +244,10 @@ def is_echo(error: BaseException) -> bool:
 
 
 def end_stopped(beat: Beat, host: str) -> None:
-    """Kill a silent rank of this host that is stopped or stuck, for its launcher would give it another half minute.
+    """Kill a silent rank of this host that is stopped or stuck, which its launcher would give another half minute.
 
-    Nothing is done unless it is, without doubt, a process of the same launcher.
+    Nothing is done unless it still is a child of this process's parent.
     """
-    parent = beat.born.partition(":")[0]
-    if beat.host == host and beat.pid != os.getpid() and parent == str(os.getppid()) and born(beat.pid) == beat.born:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(beat.pid, signal.SIGKILL)
-
-
-def _listener(ranks: int) -> socket.socket:
-    """A listening socket on a free port, for both versions of the protocol where the host has both."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # switched off on this host
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=ranks, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=ranks)
+    with contextlib.suppress(psutil.Error):
+        if beat.host == host and beat.pid and beat.parent == os.getppid() == psutil.Process(beat.pid).ppid():
+            psutil.Process(beat.pid).kill()

@@ -1,4 +1,4 @@
-"""A rank's own log, and what a process can tell of itself: where it is, what its threads do, which process it is."""
+"""A rank's own log, and what a process can tell of itself: where it is, and what its threads do."""
 
 import faulthandler
 import os
@@ -126,13 +126,3 @@ def write_stacks(path: Path, title: str) -> None:
         file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
-
-
-def born(pid: int) -> str:
-    """Parent and start time of a process, which tell it from any other that ever has its number; empty where the system
-    does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return f"{fields[1]}:{fields[19]}"

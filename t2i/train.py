@@ -5,8 +5,8 @@
 The first argument is a recipe's name or the recipe.json that an earlier run wrote. Every field of the recipe is an
 option (`--help` after a recipe lists them). The same command again goes on from the newest checkpoint. Exit codes:
 0 trained to the end, 85 stopped by SIGINT (Ctrl-C), SIGTERM or SIGUSR1 with everything saved, 2 a mistake in what was
-asked for, 130 interrupted before or while that could be done, 86 another rank has died or failed, 87 no step was done for
-`train.watchdog_seconds`.
+asked for, 130 interrupted before or while that could be done, 86 another rank has died or failed, 87 a rank hangs: no step
+was done for `train.watchdog_seconds`. docs/faults.md has more.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def main() -> int:
     import tyro
 
     from t2i.config import Recipe
+    from t2i.errors import RunError
     from t2i.recipes import RECIPES, find_recipe
 
     usage = f"usage: deepspeed t2i/train.py RECIPE --deepspeed_config FILE [--FIELD VALUE ...]\nrecipes: {', '.join(RECIPES)}"
@@ -46,23 +47,31 @@ def main() -> int:
         if known.deepspeed_config is None:
             raise ValueError("no --deepspeed_config; give one of the files in deepspeed_configs/")
 
-        from t2i.engine import broadcast_bytes, read_deepspeed_config, start_runtime, stop_runtime
+        from t2i.engine import GROUP_TIMEOUT, broadcast_bytes, read_deepspeed_config, start_runtime, stop_runtime
+        from t2i.liveness import START_FACTOR
         from t2i.monitor import Monitor
         from t2i.training import EXIT_SAVED, Trainer
 
         deepspeed_config = read_deepspeed_config(known.deepspeed_config)
-        runtime = start_runtime()
+        # A collective waits longer than the watchdog, which knows more of who is waited for.
+        runtime = start_runtime(GROUP_TIMEOUT + START_FACTOR * recipe.train.watchdog_seconds)
         with Monitor(
             runtime.rank, runtime.ranks, local_rank=int(os.environ["LOCAL_RANK"]), folder=recipe.run_dir / "logs",
             watchdog=recipe.train.watchdog_seconds, share=partial(broadcast_bytes, runtime),
         ) as monitor:  # fmt: skip
-            trainer = Trainer(recipe, deepspeed_config, runtime)
+            judge = None
+            if recipe.train.judge_every:
+                from eval.in_training import shapes_judge
+
+                judge = shapes_judge(recipe.train.judge_prompts, recipe.train.seed)
+            trainer = Trainer(recipe, deepspeed_config, runtime, judge)
             started = True
             monitor.open_log()
             outcome = trainer.run(monitor.progress)
     except (ValueError, OSError) as error:
         # All ranks of a node stumble over the same mistake, before training; later, each over its own samples.
-        if started or os.environ.get("LOCAL_RANK", "0") == "0":
+        alike = not started or isinstance(error, RunError)
+        if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
-"""`t2i bench decode` and `t2i bench train`. Handlers import what they need when they run, so that help is quick."""
+"""`t2i bench decode`, `train` and `headline`. Handlers import what they need when they run, so that help is quick."""
 
+from pathlib import Path
 from typing import Literal
 
 from tyro.extras import SubcommandApp
@@ -83,6 +84,26 @@ def bench_train(
         sizes, grid, batch, caption=caption, repeats=repeats, activation_checkpointing=activation_checkpointing,
         device=choose_device(device), json=json,
     )  # fmt: skip
+
+
+@bench.command(name="headline")
+def bench_headline(
+    out: Path,
+    ways: tuple[str, ...] = ("ZeRO 2, one rank", "ZeRO 3, two ranks"),
+    batch: int = 1,
+    json: bool = False,
+) -> None:
+    """Train, save, resume, export and sample NAR-XL with random weights here: memory and time. Half an hour, 50 GB of disk.
+
+    Args:
+        out: Folder for all of it, given again to go on with the same data.
+        ways: Arrangements of ranks and ZeRO stage.
+        batch: Pictures of a rank's micro-batch.
+        json: Print JSON in place of the table.
+    """
+    from t2i.bench.headline import bench_headline
+
+    bench_headline(out, ways, batch=batch, json_output=json)
 
 
 def _use_threads(threads: int | None) -> None:
