@@ -197,7 +197,7 @@ class Judge:
     def _hangs(self, now: float) -> Verdict | None:
         late = [seen for seen in self._running() if self.watchdog and now - seen.moved > self._allowance(seen.beat)]
         # Of a rank that is about to be found dead nobody should say that it hangs.
-        if not late or any(now - seen.heard > QUIET_SECONDS for seen in self._running()):
+        if not late or any(now - seen.heard > 2 * BEAT_SECONDS for seen in self._running()):
             return None
         longest = max(late, key=lambda seen: now - seen.moved)
         text = f"no step done for {now - longest.moved:.0f} s, {longest.beat.progress}"

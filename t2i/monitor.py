@@ -47,7 +47,9 @@ _COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.
 class Progress:
     """Where the training loop is, as it says itself; read by the monitor's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None]) -> None:
+        """`note` adds a line to the rank's log."""
+        self.note = note
         self.done: int | None = None
         self.doing = ""
         self.signs = 0
@@ -83,19 +85,23 @@ class Monitor:
         """`folder` takes logs and stacks; `watchdog` is in seconds, 0 for none. `share(make)` is called once, on every
         rank, and gives all of them what `make` returns on rank 0, which the others reach as MASTER_ADDR."""
         self.rank, self.ranks, self.folder, self.watchdog = rank, ranks, folder, watchdog
-        self.progress = Progress()
         self.log = RankLog(folder / f"rank-{rank:05d}.log")
+        self.progress = Progress(self.log.line)
         self._local_rank, self._share = local_rank, share
         self._me = Beat(rank, socket.gethostname(), os.getpid(), os.getppid())
         self._beats = 0
-        self._wake = threading.Event()
+        self._wake, self._done = threading.Event(), threading.Event()
+        self._judge_of_first, self._answered = Judge([0], 0.0, "", time.monotonic()), time.monotonic()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def __enter__(self) -> Self:
         """Raises OSError where rank 0 cannot be reached."""
         self._store = self._connect()
+        self._answered = time.monotonic()
         self.log.__enter__()
         self._thread.start()
+        if self.rank:
+            threading.Thread(target=self._expect_answers, name="monitor-answers", daemon=True).start()
         return self
 
     def open_log(self) -> None:
@@ -121,7 +127,9 @@ class Monitor:
         def listen() -> bytes:
             store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SILENT_SECONDS))
             # What is there is answered at once; what is not would be waited for.
-            store.multi_set(["verdict", *self._keys()], ["", *(Beat(rank).to_json() for rank in range(self.ranks))])
+            store.set("verdict", "")
+            for rank, key in enumerate(self._keys()):
+                store.set(key, Beat(rank).to_json())
             stores.append(store)
             return json.dumps(store.port).encode()
 
@@ -148,6 +156,7 @@ class Monitor:
             verdict = self._lead() if self.rank == 0 else self._follow()
             if verdict is not None:
                 self._conclude(verdict)
+            self._done.set()
         except BaseException:  # nobody would notice the end of a thread, and everybody would miss its beats
             os.write(2, f"the monitor of rank {self.rank} has failed:\n{traceback.format_exc()}".encode())
             os._exit(EXIT_DEAD_RANK)
@@ -175,14 +184,14 @@ class Monitor:
 
     def _follow(self) -> Verdict | None:
         """Other ranks: wait for a verdict of rank 0, and watch it; None once this rank is done."""
-        judge = Judge([0], 0.0, "", time.monotonic())
+        judge = self._judge_of_first
         try:
             while True:
                 self._beat()
                 if self._me.state == "finished" or (self._me.state == "failed" and not self._me.echo):
                     return None
                 told, first = self._store.multi_get(["verdict", "beat/0"])
-                now = time.monotonic()
+                self._answered = now = time.monotonic()
                 judge.hear(Beat.from_json(first), now)
                 if told:
                     self._store.add("told", 1)
@@ -193,6 +202,16 @@ class Monitor:
                 self._pause()
         except DistError as error:
             verdict = judge.gone(0, f"no answer from it: {str(error).splitlines()[0]}")
+        return self._alone(verdict)
+
+    def _expect_answers(self) -> None:
+        """Another thread, since a request to a process that is stopped may not return."""
+        while not self._done.wait(BEAT_SECONDS):
+            silence = time.monotonic() - self._answered
+            if silence > SILENT_SECONDS:
+                self._conclude(self._alone(self._judge_of_first.gone(0, f"no answer from it for {silence:.0f} s")))
+
+    def _alone(self, verdict: Verdict) -> Verdict:
         # Without rank 0 the others know nothing of each other. On its host the next one speaks, on the others the first.
         return replace(verdict, speakers=(self.rank,) if self._local_rank == 0 or self.rank == 1 else ())
 
@@ -227,7 +246,7 @@ class Monitor:
             end_stopped(beat, me.host)
         with contextlib.suppress(OSError):
             if verdict.kind == "hangs":
-                write_stacks(self.log.path.with_suffix(".stacks"), f"{me} {verdict.text.splitlines()[0]}")
+                write_stacks(self.log.path.with_suffix(".stacks"), f"{me}: {verdict.text.splitlines()[0]}")
         for line in verdict.text.splitlines():
             self.log.line(line)
         os._exit(verdict.exit_code)

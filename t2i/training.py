@@ -190,6 +190,7 @@ class Trainer:
                 if step % train.log_every == 0 or step == train.steps:
                     row = self._report(window, step, self.saver.lost_seconds / (time.perf_counter() - begun))
                     log.write(row)
+                    progress.note(f"step {step}: loss {row['loss']}, {row['samples_per_s']:.1f} samples/s")
                     if row["loss"] is not None:
                         bar.set_postfix(loss=f"{row['loss']:.3f}", samples_per_s=f"{row['samples_per_s']:.0f}")
                     window = Window(lambda: loader.wait_seconds)

@@ -1,13 +1,13 @@
-"""Small jobs of real processes that come to an end in different ways; they only sleep, and so run side by side."""
+"""Small jobs of real processes that come to an end in different ways. They are forked from one process that has imported
+everything, mostly sleep, and so run side by side; seconds are shorter in them than in training."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,261 +15,235 @@ import pytest
 from t2i.monitor import is_echo
 
 ROOT = Path(__file__).parents[3]
-LIMIT = 60
 
-RANK = """
-import os, signal, socket, sys, threading, time
+DRIVER = """
+import json, os, signal, sys, threading, time, traceback
 from pathlib import Path
-from t2i.monitor import Monitor
+from t2i import liveness, monitor
 
-rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-
-def share(make):
-    path = folder / "address"
-    if rank == 0:
-        data = make()
-        (folder / "partial").write_bytes(data)
-        (folder / "partial").rename(path)
-    while not path.exists():
-        time.sleep(0.01)
-    return path.read_bytes()
-
-def others_have_begun():
-    (folder / f"begun-{rank}").touch()
-    while len(list(folder.glob("begun-*"))) < ranks:
-        time.sleep(0.01)
-    time.sleep(0.1)
+liveness.BEAT_SECONDS = monitor.BEAT_SECONDS = 0.2
+liveness.SILENT_SECONDS = liveness.SILENT_AT_START_SECONDS = monitor.SILENT_SECONDS = 4.0
+liveness.QUIET_SECONDS, liveness.SETTLE_SECONDS, liveness.ECHO_SECONDS = 1.5, 1.0, 3.0
 
 def reading_for_ever():
     time.sleep(1000)
 
-with Monitor(rank, ranks, local_rank=rank, folder=folder / "logs", watchdog=float(sys.argv[4]), share=share) as monitor:
-    print("a line of rank", rank, file=sys.stderr)
-    monitor.open_log()
-    monitor.progress.step(7)
-    others_have_begun()
-    {body}
-print("well done")
+def job(rank, ranks, folder, watchdog, body):
+    def share(make):
+        path = folder / "address"
+        if rank == 0:
+            data = make()
+            (folder / "partial").write_bytes(data)
+            (folder / "partial").rename(path)
+        while not path.exists():
+            time.sleep(0.01)
+        return path.read_bytes()
+
+    with monitor.Monitor(rank, ranks, local_rank=rank, folder=folder / "logs", watchdog=watchdog, share=share) as own:
+        print("a line of rank", rank, file=sys.stderr)
+        own.open_log()
+        own.progress.step(7)
+        # Wait until rank 0 has surely heard of this.
+        (folder / f"begun-{rank}").touch()
+        while len(list(folder.glob("begun-*"))) < ranks:
+            time.sleep(0.01)
+        time.sleep(1)
+        exec(body, globals(), {"rank": rank, "own": own})
+
+pids = {}
+for folder, ranks, watchdog, body in json.loads(sys.argv[1]):
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            descriptor = os.open(f"{folder}/error-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, 2)
+            code = 0
+            try:
+                job(rank, ranks, Path(folder), watchdog, body)
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stderr.flush()
+            os._exit(code)
+        pids[pid] = folder, rank
+
+def end(*_):
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+signal.signal(signal.SIGALRM, end)
+signal.alarm(40)
+while pids:
+    pid, status = os.wait()
+    folder, rank = pids.pop(pid)
+    Path(folder, f"end-{rank}").write_text(json.dumps([pid, os.waitstatus_to_exitcode(status)]))
 """
 
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+REST = "\ntime.sleep(1000)"
 JOBS = {
-    "end": (3, 0.0, "if rank == 1: time.sleep(1.5)"),
-    "killed": (3, 0.0, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(1000)"),
-    "first killed": (3, 0.0, "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(1000)"),
-    "first two killed": (3, 0.0, "if rank < 2: os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(1000)"),
+    "end": (3, 0.0, "if rank == 1: time.sleep(0.5)"),
+    "end of the first": (2, 0.0, "if rank == 0: time.sleep(0.5)"),
+    "killed": (3, 0.0, f"if rank == 1: {KILL}{REST}"),
+    "first killed": (3, 0.0, f"if rank == 0: {KILL}{REST}"),
     "echo": (
         3, 0.0,
-        "if rank == 1: time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    raise RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4')",
+        f"if rank == 1: {KILL}\n"
+        "raise RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4')",
     ),
-    "raises": (3, 0.0, "if rank == 1: raise OSError('disk is full')\n    time.sleep(1000)"),
-    "first raises": (2, 0.0, "if rank == 0: raise OSError('disk is full')\n    time.sleep(1000)"),
-    "all raise": (3, 0.0, "time.sleep(rank / 5)\n    raise ValueError('global batch 8 is not divisible')"),
-    "interrupted": (2, 0.0, "if rank == 1: raise KeyboardInterrupt\n    time.sleep(1000)"),
-    "hangs": (3, 1.0, "reading_for_ever() if rank == 1 else threading.Event().wait()"),
-    "stopped": (2, 1.0, "if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\n    time.sleep(1000)"),
-    "alone": (1, 1.0, "reading_for_ever()"),
-    "slow end": (2, 0.0, "if rank == 0: time.sleep(1)"),
-    "no way out": (
-        2, 0.0, "if rank == 0: threading.Thread(target=time.sleep, args=(1000,)).start(); raise OSError('disk is full')\n"
-        "    time.sleep(1000)",
-    ),
+    "echo of none": (2, 0.0, "if rank == 1: raise RuntimeError('NCCL error: remote process exited')\nreading_for_ever()"),
+    "raises": (3, 0.0, f"if rank == 1: raise OSError('disk is full'){REST}"),
+    "first raises": (2, 0.0, f"if rank == 0: raise OSError('disk is full'){REST}"),
+    "all raise": (3, 0.0, "time.sleep(rank / 5); raise ValueError('global batch 8 is not divisible')"),
+    "hangs": (3, 2.0, "reading_for_ever() if rank == 1 else threading.Event().wait()"),
+    "hangs though busy": (2, 2.0, f"for _ in range(4):\n  with own.progress.busy('saving'): time.sleep(0.8)\n{REST.strip()}"),
+    "stopped": (2, 3.0, f"if rank == 1: os.kill(os.getpid(), signal.SIGSTOP){REST}"),
+    "first stopped": (2, 2.0, f"if rank == 0: os.kill(os.getpid(), signal.SIGSTOP){REST}"),
+    "alone": (1, 2.0, "reading_for_ever()"),
 }  # fmt: skip
 """Ranks, watchdog and what each does once all have begun."""
 
 
 class Job:
-    """Output and exit codes of the ranks of a job, once it has ended."""
+    """What a job has left."""
 
-    def __init__(self, folder: Path, ranks: int, watchdog: float, body: str) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self._errors = [open(folder / f"error-{rank}", "w+") for rank in range(ranks)]  # noqa: SIM115
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", RANK.replace("{body}", body), str(rank), str(ranks), str(folder), str(watchdog)],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "localhost"}, stderr=error,
-                stdout=subprocess.DEVNULL,
-            )
-            for rank, error in enumerate(self._errors)
-        ]  # fmt: skip
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.logs = folder / "logs"
+        ends = [json.loads((folder / f"end-{rank}").read_text()) for rank in range(ranks)]
+        self.codes = [code for _, code in ends]
+        self.names = [f"rank {rank} on {socket.gethostname()}, pid {pid}" for rank, (pid, _) in enumerate(ends)]
+        texts = [(folder / f"error-{rank}").read_text() for rank in range(ranks)]
+        self.errors = [text.removeprefix(f"a line of rank {rank}\n").strip() for rank, text in enumerate(texts)]
 
-    def codes(self) -> list[int]:
-        return [process.wait(LIMIT) for process in self._processes]
-
-    def pid(self, rank: int) -> int:
-        return self._processes[rank].pid
-
-    def errors(self, rank: int) -> str:
-        text = (self.folder / f"error-{rank}").read_text()
-        return text.removeprefix(f"a line of rank {rank}\n").strip()
-
-    def name(self, rank: int) -> str:
-        return f"rank {rank} on {socket.gethostname()}, pid {self.pid(rank)}"
-
-    def kill(self) -> None:
-        for process, error in zip(self._processes, self._errors, strict=True):
-            process.kill()
-            process.wait()
-            error.close()
+    def log(self, rank: int, kind: str = "log") -> str:
+        return (self.logs / f"rank-{rank:05d}.{kind}").read_text()
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     folder = tmp_path_factory.mktemp("jobs")
-    found: dict[str, Job] = {}
-    try:
-        for name, (ranks, watchdog, body) in JOBS.items():
-            found[name] = Job(folder / name, ranks, watchdog, body)
-        yield found
-    finally:
-        for job in found.values():
-            job.kill()
+    plan = [(str(folder / name), *job) for name, job in JOBS.items()]
+    for path, *_ in plan:
+        os.mkdir(path)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", DRIVER, json.dumps(plan)], env=environment, check=True, timeout=120)
+    return {name: Job(folder / name, ranks) for name, (ranks, *_) in JOBS.items()}
 
 
-@pytest.mark.parametrize("name", ["end", "slow end"])
+@pytest.mark.parametrize("name", ["end", "end of the first"])
 def test_ranks_that_end_well_say_nothing(jobs: dict[str, Job], name: str) -> None:
-    job = jobs[name]
-    codes = job.codes()
-    assert codes == [0] * len(codes)
-    assert [job.errors(rank) for rank in range(len(codes))] == [""] * len(codes)
+    assert set(jobs[name].codes) == {0}
+    assert set(jobs[name].errors) == {""}
 
 
 def test_a_killed_rank_ends_all_with_its_name_step_and_last_lines(jobs: dict[str, Job]) -> None:
     job = jobs["killed"]
-    assert job.codes() == [86, -signal.SIGKILL, 86]
-    expected = [f"{job.name(1)} died after step 7 without a word", "last lines of rank 1:", "    a line of rank 1"]
-    assert job.errors(0).splitlines() == [f"error: {expected[0]}", *expected[1:]]
-    # One rank of a host speaks; in the logs of the others it is as well.
-    assert job.errors(2) == ""
+    assert job.codes == [86, -signal.SIGKILL, 86]
+    first, *more = job.errors[0].splitlines()
+    assert first.startswith(
+        f"error: {job.names[1]} is dead or stopped: no sign of life for 4 s, after step 7, last seen at "
+    )
+    assert more == ["last lines of rank 1:", "    a line of rank 1"]
+    assert job.errors[2] == ""  # one rank of a host speaks; in the logs of the others it is as well
     for rank in (0, 2):
-        log = (job.folder / "logs" / f"rank-{rank:05d}.log").read_text().splitlines()
-        assert re.fullmatch(rf"--- [-\d]+ [:\d]+ rank {rank} of 3 on \S+, pid {job.pid(rank)}", log[0])
-        assert log[1:] == [f"a line of rank {rank}", *expected]
+        title, *lines = job.log(rank).splitlines()
+        assert re.fullmatch(r"--- [-\d]+ [:\d]+ " + job.names[rank].replace(" on", " of 3 on"), title)
+        assert lines == [f"a line of rank {rank}", first.removeprefix("error: "), *more]
 
 
-def test_without_rank_0_the_others_find_out_by_themselves(jobs: dict[str, Job]) -> None:
-    job = jobs["first killed"]
-    assert job.codes() == [-signal.SIGKILL, 86, 86]
-    assert job.errors(1).startswith(f"error: {job.name(0)} died after step 7 without a word")
-    assert "    a line of rank 0" in job.errors(1)
-    assert job.errors(2) == ""
-    job = jobs["first two killed"]
-    assert job.codes() == [-signal.SIGKILL, -signal.SIGKILL, 86]
-    log = (job.folder / "logs" / "rank-00002.log").read_text()
-    assert f"{job.name(0)} died after step 7 without a word" in log
+@pytest.mark.parametrize(("name", "why"), [("first killed", "is dead or cut off ("), ("first stopped", "is dead or ")])
+def test_without_rank_0_the_others_find_out_by_themselves(jobs: dict[str, Job], name: str, why: str) -> None:
+    job = jobs[name]
+    assert job.codes == [-signal.SIGKILL, *[86] * (len(job.codes) - 1)]
+    assert f"error: {job.names[0]} {why}" in job.errors[1]
+    assert ", after step 7" in job.errors[1]
+    assert "    a line of rank 0" in job.errors[1]
+    for rank in range(2, len(job.codes)):
+        assert "error: " not in job.errors[rank]
+        assert f"{job.names[0]} is dead" in job.log(rank)
 
 
-def test_a_rank_whose_collective_broke_names_the_one_that_was_killed(jobs: dict[str, Job]) -> None:
+def test_a_rank_whose_collective_failed_names_the_one_that_was_killed(jobs: dict[str, Job]) -> None:
     job = jobs["echo"]
-    assert job.codes() == [86, -signal.SIGKILL, 86]
-    assert job.errors(0).startswith(f"error: {job.name(1)} died after step 7 without a word")
-    assert "gloo" not in job.errors(0) + job.errors(2)
-    assert "Connection closed by peer" in (job.folder / "logs" / "rank-00002.log").read_text()
+    assert job.codes == [86, -signal.SIGKILL, 86]
+    assert job.errors[0].startswith(f"error: {job.names[1]} is dead or stopped")
+    assert "gloo" not in job.errors[0] + job.errors[2]
+    assert "Connection closed by peer" in job.log(2)
 
 
-@pytest.mark.parametrize(("name", "culprit", "well"), [("raises", 1, [0, 2]), ("first raises", 0, [1])])
+def test_a_collective_that_failed_though_nobody_died_is_told_with_stacks(jobs: dict[str, Job]) -> None:
+    job = jobs["echo of none"]
+    assert job.codes == [87, 87]
+    assert f"a collective failed on {job.names[1]} after step 7 (RuntimeError: NCCL error" in job.errors[0]
+    assert f"{job.names[0]} is behind" in job.errors[0]
+    assert "in reading_for_ever" in job.log(0, "stacks")
+    assert "Traceback" in job.log(1)
+
+
+@pytest.mark.parametrize(("name", "culprit"), [("raises", 1), ("first raises", 0)])
 def test_a_rank_that_raises_ends_as_it_would_alone_and_the_others_name_it(
-    jobs: dict[str, Job], name: str, culprit: int, well: list[int]
+    jobs: dict[str, Job], name: str, culprit: int
 ) -> None:
     job = jobs[name]
-    assert [code for rank, code in enumerate(job.codes()) if rank in well] == [86] * len(well)
-    assert job.codes()[culprit] == 1
-    assert job.errors(culprit).startswith("Traceback")
-    assert job.errors(culprit).endswith("OSError: disk is full")
-    assert job.errors(well[0]).startswith(f"error: {job.name(culprit)} failed after step 7: OSError: disk is full")
-    assert "    OSError: disk is full" in job.errors(well[0])
+    assert job.codes == [1 if rank == culprit else 86 for rank in range(len(job.codes))]
+    assert job.errors[culprit].startswith("Traceback")
+    assert job.errors[culprit].endswith("OSError: disk is full")
+    assert job.errors[1 - culprit].startswith(f"error: {job.names[culprit]} failed after step 7: OSError: disk is full")
+    assert "    OSError: disk is full" in job.errors[1 - culprit]
 
 
 def test_a_mistake_that_all_make_is_told_by_each(jobs: dict[str, Job]) -> None:
     job = jobs["all raise"]
-    assert job.codes() == [1, 1, 1]
-    for rank in range(3):
-        assert job.errors(rank).endswith("ValueError: global batch 8 is not divisible")
-        assert "error: rank" not in job.errors(rank)
-
-
-def test_an_interrupted_rank_is_named(jobs: dict[str, Job]) -> None:
-    job = jobs["interrupted"]
-    assert job.codes()[0] == 86
-    assert job.codes()[1] in (1, 130, -signal.SIGINT)
-    assert "failed after step 7: KeyboardInterrupt" in job.errors(0)
+    assert job.codes == [1, 1, 1]
+    for error in job.errors:
+        assert error.endswith("ValueError: global batch 8 is not divisible")
+        assert "error: rank" not in error
 
 
 def test_a_rank_that_hangs_ends_all_with_the_stacks_of_every_rank(jobs: dict[str, Job]) -> None:
     job = jobs["hangs"]
-    assert job.codes() == [87, 87, 87]
-    assert re.match(r"error: no step done for \d+ s, after step 7: ", job.errors(0))
-    assert f"{job.folder}/logs/rank-*.stacks" in job.errors(0)
-    assert job.errors(1) == job.errors(2) == ""
+    assert job.codes == [87, 87, 87]
+    assert re.match(r"error: no step done for \d+ s, after step 7; ", job.errors[0])
+    assert f"{job.logs}/rank-*.stacks" in job.errors[0]
+    assert job.errors[1:] == ["", ""]
     for rank in range(3):
-        stacks = (job.folder / "logs" / f"rank-{rank:05d}.stacks").read_text()
-        assert f"{job.name(rank)} after step 7" in stacks
+        stacks = job.log(rank, "stacks")
+        assert f"{job.names[rank]}: no step done" in stacks
         assert ("in reading_for_ever" in stacks) == (rank == 1)
         assert "most recent call first" in stacks
 
 
+def test_beginning_and_ending_what_is_no_step_are_signs_of_life(jobs: dict[str, Job]) -> None:
+    job = jobs["hangs though busy"]
+    assert job.codes == [87, 87]
+    # Saving took 3.2 s in four parts, more than the watchdog allows for one.
+    assert re.match(r"error: no step done for [23] s, after step 7; none of 2 ranks is behind", job.errors[0])
+
+
 def test_a_stopped_rank_is_named_and_does_not_outlive_the_others(jobs: dict[str, Job]) -> None:
     job = jobs["stopped"]
-    assert job.codes() == [87, -signal.SIGKILL]
-    assert f"nothing heard of {job.name(1)} either, which cannot write its stacks" in job.errors(0)
-    assert [path.name for path in (job.folder / "logs").glob("*.stacks")] == ["rank-00000.stacks"]
+    assert job.codes == [86, -signal.SIGKILL]
+    assert job.errors[0].startswith(f"error: {job.names[1]} is dead or stopped: no sign of life for 4 s")
+    assert "it cannot write its stacks" in job.errors[0]
 
 
 def test_one_process_alone_has_a_watchdog_too(jobs: dict[str, Job]) -> None:
     job = jobs["alone"]
-    assert job.codes() == [87]
-    assert re.search(rf"{job.name(0)} is at \S+:\d+ \(reading_for_ever\)", job.errors(0))
-
-
-def test_a_rank_that_cannot_end_by_itself_is_ended(jobs: dict[str, Job]) -> None:
-    """Its own error is out, and a thread of a library keeps the process."""
-    job = jobs["no way out"]
-    assert job.codes() == [86, 86]
-    assert job.errors(0).endswith("OSError: disk is full")
-
-
-def test_strangers_are_turned_away(tmp_path: Path) -> None:
-    job = Job(tmp_path / "job", 2, 0.0, "time.sleep(1000)")
-    try:
-        limit = time.monotonic() + LIMIT
-        while len(list(job.folder.glob("begun-*"))) < 2:
-            assert time.monotonic() < limit
-            time.sleep(0.05)
-        port = int(re.findall(rb'"port": (\d+)', (job.folder / "address").read_bytes())[0])
-        for hello in (b"GET / HTTP/1.1\r\n", b'{"secret": "x", "rank": 1}\n', b"[]\n", b"\xff\n"):
-            with socket.create_connection(("localhost", port), timeout=LIMIT) as stranger:
-                stranger.sendall(hello + b'{"beat": {}}\n')
-                with_end = b"".join(iter(lambda stranger=stranger: _received(stranger), b""))
-                assert with_end == b""
-        os.kill(job.pid(1), signal.SIGKILL)
-        assert job.codes() == [86, -signal.SIGKILL]
-        assert job.errors(0).startswith(f"error: {job.name(1)} died")
-    finally:
-        job.kill()
-
-
-def _received(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(1000)
-    except ConnectionResetError:
-        return b""
+    assert job.codes == [87]
+    assert re.search(rf"{job.names[0]} is behind, after step 7, at \S+:\d+ \(reading_for_ever\)", job.errors[0])
 
 
 def test_an_unreachable_monitor_is_a_mistake_that_says_where(tmp_path: Path) -> None:
     code = """
-import sys; from pathlib import Path; from t2i.monitor import Monitor
-def share(make):
-    return b'{"port": 1, "secret": ""}'
-with Monitor(1, 2, local_rank=1, folder=Path(sys.argv[1]), watchdog=0, share=share):
+import sys; from pathlib import Path; from t2i import monitor
+monitor.CONNECT_SECONDS = 1.0
+with monitor.Monitor(1, 2, local_rank=1, folder=Path(sys.argv[1]), watchdog=0, share=lambda make: b"1"):
     pass
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "localhost"}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
-    assert re.search(
-        r"OSError: rank 1 on \S+ cannot reach the monitor of rank 0 at localhost:1 \(.*refused\)", done.stderr
-    )
+    assert re.search(r"OSError: rank 1 on \S+ cannot reach the monitor of rank 0 at localhost:1 \(", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +251,6 @@ with Monitor(1, 2, local_rank=1, folder=Path(sys.argv[1]), watchdog=0, share=sha
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:4"), True),
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:2, remote process exited"), True),
-        (RuntimeError("Socket Timeout"), False),
         (RuntimeError("Timed out waiting 600000ms for recv operation to complete"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ConnectionResetError("Connection reset by peer"), False),

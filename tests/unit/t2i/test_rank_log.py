@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from t2i.rank_log import LAST_LINES, LINE_LENGTH, RankLog, Tee, born, place, write_stacks
+from t2i.rank_log import LAST_LINES, LINE_LENGTH, RankLog, Tee, place, write_stacks
 
 
 @pytest.fixture
@@ -154,14 +154,3 @@ def test_stacks_of_all_threads_are_added(tmp_path: Path) -> None:
     text = (tmp_path / "logs" / "rank-00000.stacks").read_text()
     assert text.count("in somewhere_else") == text.count("in test_stacks_of_all_threads_are_added") == 2
     assert [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith("---")] == ["0", "1"]
-
-
-def test_a_process_is_told_from_others_of_its_number() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        mine, its = born(os.getpid()), born(child.pid)
-        assert its.startswith(f"{os.getpid()}:")
-        assert its != mine == born(os.getpid())
-    finally:
-        child.communicate(b"\n")
-    assert born(child.pid) == ""
