@@ -91,13 +91,13 @@ class Monitor:
         self._me = Beat(rank, socket.gethostname(), os.getpid(), os.getppid())
         self._beats = 0
         self._wake, self._done = threading.Event(), threading.Event()
-        self._judge_of_first, self._answered = Judge([0], 0.0, "", time.monotonic()), time.monotonic()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def __enter__(self) -> Self:
         """Raises OSError where rank 0 cannot be reached."""
         self._store = self._connect()
         self._answered = time.monotonic()
+        self._judge_of_first = Judge([0], 0.0, "", self._answered)
         self.log.__enter__()
         self._thread.start()
         if self.rank:

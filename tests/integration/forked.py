@@ -133,10 +133,29 @@ def full_disk(step: int) -> None:
     checkpoint.Saver.begin = limited  # type: ignore[method-assign]
 
 
+def at_reading(number: int, what: Callable[[], None]) -> None:
+    """Something happens in the n-th reading of a sample (0 is the first)."""
+    read, calls = shard_set.ShardSet.read_encoded, iter(range(10**9))
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            what()
+        return read(self, *arguments, **options)
+
+    shard_set.ShardSet.read_encoded = watched  # type: ignore[method-assign]
+
+
+def reading_for_ever() -> None:
+    """What a file system does that is gone."""
+    time.sleep(10**6)
+
+
 TROUBLES: dict[str, Callable[[], None]] = {
     "two steps without numbers": lambda: no_numbers((3, 5)),
     "two steps in a row without numbers": lambda: no_numbers((3, 4)),
     "full disk": lambda: full_disk(4),
+    "reading for ever": lambda: at_reading(40, reading_for_ever),
+    "stopped": lambda: at_reading(40, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
 """What goes wrong on the last rank and does not kill it, by name."""
 
