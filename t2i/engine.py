@@ -30,8 +30,7 @@ _FIELDS = (
 )  # fmt: skip
 """What a DeepSpeed JSON for training has at its top level, as far as it is likely to be written here."""
 
-GROUP_TIMEOUT = 600.0
-"""Seconds that a collective waits for the slowest rank, unless told otherwise."""
+GROUP_TIMEOUT = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Runtime:
 
 
 def start_runtime(timeout: float = GROUP_TIMEOUT) -> Runtime:
-    """Join the process group of the launcher, or make one of a single process where none launched this one; `timeout` is how
-    many seconds a collective waits for the slowest rank."""
+    """Join the process group of the launcher, or make one of a single process where none launched this one; a collective
+    waits `timeout` seconds for the slowest rank."""
     # DeepSpeed looks for mpi4py when these are missing.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -64,8 +63,7 @@ def start_runtime(timeout: float = GROUP_TIMEOUT) -> Runtime:
         torch.set_num_threads(cores_per_rank())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # ZeRO makes groups of its own, which take the default timeout, not the one given to init_distributed.
-    limit = datetime.timedelta(seconds=timeout)
-    dist.distributed_c10d.default_pg_timeout = limit
+    limit = dist.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=timeout)
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=limit, verbose=False)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     local_rank = int(os.environ["LOCAL_RANK"])
