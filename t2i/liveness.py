@@ -23,7 +23,7 @@ SILENT_SECONDS = 10.0
 SILENT_AT_START_SECONDS = 25.0
 """The same before its first step, when libraries that are loaded or compiled may hold Python's lock."""
 QUIET_SECONDS = 3.0
-"""Without a beat for so long, a rank is dead where a collective has failed on another, or another is dead."""
+"""The same where a collective has failed on another rank, or a launcher ends the job, or another rank is dead."""
 SETTLE_SECONDS = 2.0
 """From the first error to the verdict: a mistake that all ranks make is told by each of them, not by a verdict."""
 ECHO_SECONDS = 8.0
@@ -40,7 +40,8 @@ class Beat:
     host: str = "unknown host"
     pid: int = 0
     parent: int = 0
-    state: Literal["running", "failed", "finished"] = "running"
+    state: Literal["running", "leaving", "failed", "finished"] = "running"
+    """"leaving": a signal has ended it before its first step, perhaps since another rank is dead."""
     count: int = 0
     """Grows with every beat."""
     signs: int = 0
@@ -142,14 +143,13 @@ class Judge:
 
     def ended(self) -> bool:
         """Whether all ranks are done, in one way or the other."""
-        return all(seen.beat.state == "finished" or _at_fault(seen.beat) for seen in self._seen.values())
+        beats = [seen.beat for seen in self._seen.values()]
+        return all(one.state in ("finished", "leaving") or _at_fault(one) for one in beats)
 
     def listeners(self, verdict: Verdict) -> list[int]:
         """The ranks that still wait for a verdict, and can take this one."""
         beats = [seen.beat for _, seen in sorted(self._seen.items())]
-        return [
-            one.rank for one in beats if (one.state == "running" or one.echo) and one.pid and one not in verdict.dead
-        ]
+        return [one.rank for one in beats if (_lives(one) or one.echo) and one.pid and one not in verdict.dead]
 
     def verdict(self, now: float) -> Verdict | None:
         """Why the job has to end, or None."""
@@ -157,9 +157,9 @@ class Judge:
 
     def dead(self, now: float) -> Verdict | None:
         """The verdict on ranks that have fallen silent, if any."""
-        echo = any(seen.beat.echo for seen in self._seen.values())
+        troubled = any(seen.beat.echo or seen.beat.state == "leaving" for seen in self._seen.values())
         silent = {seen.beat.rank: now - seen.heard for seen in self._running() if now - seen.heard > QUIET_SECONDS}
-        if not any(echo or seconds > _patience(self._seen[rank].beat) for rank, seconds in silent.items()):
+        if not any(troubled or seconds > _patience(self._seen[rank].beat) for rank, seconds in silent.items()):
             return None
         beats = [self._seen[rank].beat for rank in silent]
         text = (
@@ -174,10 +174,11 @@ class Judge:
         beat = self._seen[rank].beat
         if _at_fault(beat):
             return self._verdict("failed", f"{beat} failed {beat.progress}: {beat.error}", [beat])
-        return self._verdict("dead", f"{beat} is dead or cut off ({why}), {beat.progress}", [beat], dead=[beat])
+        how = "was ended by a signal" if beat.state == "leaving" else f"is dead or cut off ({why})"
+        return self._verdict("dead", f"{beat} {how}, {beat.progress}", [beat], dead=[beat])
 
     def _running(self) -> list[_Seen]:
-        return [seen for seen in self._seen.values() if seen.beat.state == "running"]
+        return [seen for seen in self._seen.values() if _lives(seen.beat)]
 
     def _failed(self, now: float) -> Verdict | None:
         failures = [seen for seen in self._seen.values() if _at_fault(seen.beat)]
@@ -239,6 +240,10 @@ def behind(beats: Sequence[Beat]) -> list[Beat]:
         if 0 < len(apart) < len(beats):
             return apart
     return list(beats) if len(beats) == 1 else []
+
+
+def _lives(beat: Beat) -> bool:
+    return beat.state in ("running", "leaving")
 
 
 def _at_fault(beat: Beat) -> bool:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -26,7 +27,7 @@ from typing import Any, Self
 import psutil
 from torch.distributed import DistError, TCPStore
 
-from t2i.liveness import BEAT_SECONDS, EXIT_DEAD_RANK, SILENT_SECONDS, Beat, Judge, Verdict
+from t2i.liveness import BEAT_SECONDS, EXIT_DEAD_RANK, QUIET_SECONDS, SILENT_SECONDS, Beat, Judge, Verdict
 from t2i.rank_log import RankLog, place, write_stacks
 
 CONNECT_SECONDS = 30.0
@@ -37,6 +38,8 @@ TOLD_SECONDS = 5.0
 """How long rank 0 waits for the others to read a verdict."""
 BACKSTOP_SECONDS = 5.0
 """The process ends this long after a verdict even if it cannot be written down: the disk may be what hangs."""
+LEAVE_SECONDS = QUIET_SECONDS + 3 * BEAT_SECONDS
+"""How long a rank that is ended by a signal looks for a dead one that may be the reason."""
 FAREWELL_SECONDS = 60.0
 """How long rank 0, once done, waits for the others."""
 
@@ -99,6 +102,8 @@ class Monitor:
         self._answered = time.monotonic()
         self._judge_of_first = Judge([0], 0.0, "", self._answered)
         self.log.__enter__()
+        # Launchers end the ranks that are left, and one of these has to say why. The training loop has its own way.
+        signal.signal(signal.SIGTERM, self._on_signal)
         self._thread.start()
         if self.rank:
             threading.Thread(target=self._expect_answers, name="monitor-answers", daemon=True).start()
@@ -108,16 +113,24 @@ class Monitor:
         """Write the log to its file from now on. Raises OSError where that cannot be."""
         self.log.open(f"rank {self.rank} of {self.ranks} on {self._me.host}, pid {self._me.pid}")
 
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._me.state == "running":
+            self._me = replace(self._me, state="leaving")
+            raise SystemExit(128 + number)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        patience = FAREWELL_SECONDS
         if error is None:
             self._me = replace(self._me, state="finished")
+        elif self._me.state == "leaving":
+            patience = LEAVE_SECONDS
         else:
             for line in "".join(traceback.format_exception(error)).splitlines():
                 self.log.line(line)
             text = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
             self._me = replace(self._me, state="failed", error=text, echo=self.ranks > 1 and is_echo(error))
         self._wake.set()
-        self._thread.join(FAREWELL_SECONDS)
+        self._thread.join(patience)
         self.log.__exit__()
 
     def _connect(self) -> TCPStore:
@@ -201,6 +214,8 @@ class Monitor:
                     break
                 self._pause()
         except DistError as error:
+            if self._me.state == "leaving" and judge.ended():
+                return None  # a signal has ended both
             verdict = judge.gone(0, f"no answer from it: {str(error).splitlines()[0]}")
         return self._alone(verdict)
 

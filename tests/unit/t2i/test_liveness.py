@@ -160,6 +160,19 @@ def test_the_first_cause_is_named_and_not_its_echoes(data: st.DataObject) -> Non
     assert all(rank in story.judge.listeners(verdict) for rank in others)
 
 
+def test_a_launcher_that_ends_the_others_makes_silence_suspicious_and_alone_is_none() -> None:
+    story = Story(3, step=None)
+    story.until(5)
+    story.change(0, state="leaving")
+    assert story.until(60) is None
+    story.silent = {1}
+    verdict = story.until(100)
+    assert verdict is not None
+    assert story.now - 60 < QUIET_SECONDS + SLACK
+    assert [one.rank for one in verdict.dead] == [1]
+    assert story.judge.listeners(verdict) == [0, 2]
+
+
 def test_ranks_of_a_dead_host_are_named_together() -> None:
     story = Story(6)
     story.until(5)

@@ -60,6 +60,8 @@ for folder, ranks, watchdog, body in json.loads(sys.argv[1]):
             code = 0
             try:
                 job(rank, ranks, Path(folder), watchdog, body)
+            except SystemExit as asked:
+                code = asked.code
             except BaseException:
                 traceback.print_exc()
                 code = 1
@@ -99,6 +101,10 @@ JOBS = {
     "hangs though busy": (2, 2.0, f"for _ in range(4):\n  with own.progress.busy('saving'): time.sleep(0.8)\n{REST.strip()}"),
     "stopped": (2, 3.0, f"if rank == 1: os.kill(os.getpid(), signal.SIGSTOP){REST}"),
     "first stopped": (2, 2.0, f"if rank == 0: os.kill(os.getpid(), signal.SIGSTOP){REST}"),
+    "killed, and the other ended": (
+        2, 0.0, f"if rank == 1: {KILL}\ntime.sleep(0.3); os.kill(os.getpid(), signal.SIGTERM); time.sleep(1000)",
+    ),
+    "all ended": (3, 0.0, f"time.sleep(rank / 5); os.kill(os.getpid(), signal.SIGTERM){REST}"),
     "alone": (1, 2.0, "reading_for_ever()"),
 }  # fmt: skip
 """Ranks, watchdog and what each does once all have begun."""
@@ -225,6 +231,17 @@ def test_a_stopped_rank_is_named_and_does_not_outlive_the_others(jobs: dict[str,
     assert job.codes == [86, -signal.SIGKILL]
     assert job.errors[0].startswith(f"error: {job.names[1]} is dead or stopped: no sign of life for 4 s")
     assert "it cannot write its stacks" in job.errors[0]
+
+
+def test_a_rank_that_its_launcher_ends_first_says_why(jobs: dict[str, Job]) -> None:
+    job = jobs["killed, and the other ended"]
+    assert job.codes == [86, -signal.SIGKILL]
+    assert job.errors[0].startswith(f"error: {job.names[1]} is dead or stopped")
+
+
+def test_a_job_that_is_ended_by_a_signal_has_no_dead(jobs: dict[str, Job]) -> None:
+    assert jobs["all ended"].codes == [143, 143, 143]
+    assert not [error for error in jobs["all ended"].errors if "error: " in error]
 
 
 def test_one_process_alone_has_a_watchdog_too(jobs: dict[str, Job]) -> None:
