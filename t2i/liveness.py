@@ -7,7 +7,7 @@ the clocks of hosts differ; a rank lives while its beats change.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -169,13 +169,19 @@ class Judge:
             text += f", last seen at {beats[0].where}"
         return self._verdict("dead", f"{text}; it cannot write its stacks", beats, dead=beats)
 
-    def gone(self, rank: int, why: str) -> Verdict:
-        """The verdict on a rank that is known to be gone."""
-        beat = self._seen[rank].beat
-        if _at_fault(beat):
-            return self._verdict("failed", f"{beat} failed {beat.progress}: {beat.error}", [beat])
-        how = "was ended by a signal" if beat.state == "leaving" else f"is dead or cut off ({why})"
-        return self._verdict("dead", f"{beat} {how}, {beat.progress}", [beat], dead=[beat])
+    def gone(self, ranks: Collection[int], why: str) -> Verdict | None:
+        """The verdict on ranks whose processes are known to be gone; None where they had been done."""
+        beats = [self._seen[rank].beat for rank in sorted(ranks)]
+        if failed := [beat for beat in beats if _at_fault(beat)]:
+            return self._verdict("failed", f"{failed[0]} failed {failed[0].progress}: {failed[0].error}", failed[:1])
+        dead = [beat for beat in beats if beat.state != "finished"]
+        if not dead:
+            return None
+        how = "was ended by a signal" if dead[0].state == "leaving" else f"is dead ({why})"
+        text = f"{_names(dead)} {how}, {dead[0].progress}" + (
+            f", last seen at {dead[0].where}" if dead[0].where else ""
+        )
+        return self._verdict("dead", text, dead, dead=dead)
 
     def _running(self) -> list[_Seen]:
         return [seen for seen in self._seen.values() if _lives(seen.beat)]
@@ -185,7 +191,7 @@ class Judge:
         first = min(failures, key=lambda seen: seen.failed, default=None)
         if first is None or now - first.failed < SETTLE_SECONDS:
             return None
-        return self.gone(first.beat.rank, "")
+        return self.gone([first.beat.rank], "")
 
     def _echo(self, now: float) -> Verdict | None:
         echoes = [seen for seen in self._seen.values() if seen.beat.echo]

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ import psutil
 from torch.distributed import DistError, TCPStore
 
 from t2i.liveness import BEAT_SECONDS, EXIT_DEAD_RANK, QUIET_SECONDS, SILENT_SECONDS, Beat, Judge, Verdict
-from t2i.rank_log import RankLog, place, write_stacks
+from t2i.rank_log import Progress, RankLog, place, write_stacks
 
 CONNECT_SECONDS = 30.0
 """How long a rank tries to reach the store of rank 0."""
@@ -45,33 +45,6 @@ FAREWELL_SECONDS = 60.0
 
 _ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed ?out", re.IGNORECASE)
 _COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
-
-
-class Progress:
-    """Where the training loop is, as it says itself; read by the monitor's thread."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        """`note` adds a line to the rank's log."""
-        self.note = note
-        self.done: int | None = None
-        self.doing = ""
-        self.signs = 0
-
-    def step(self, number: int) -> None:
-        """Step `number` is done."""
-        self.done = number
-        self.signs += 1
-
-    @contextlib.contextmanager
-    def busy(self, doing: str) -> Iterator[None]:
-        """What happens inside is no step, and beginning and ending it are signs of life: saving, for example."""
-        self.doing = doing
-        self.signs += 1
-        try:
-            yield
-        finally:
-            self.doing = ""
-            self.signs += 1
 
 
 class Monitor:
@@ -93,6 +66,7 @@ class Monitor:
         self._local_rank, self._share = local_rank, share
         self._me = Beat(rank, socket.gethostname(), os.getpid(), os.getppid())
         self._beats = 0
+        self._beside: dict[int, Beat] = {}
         self._wake, self._done = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
@@ -177,15 +151,19 @@ class Monitor:
     def _lead(self) -> Verdict | None:
         """Rank 0: judge until there is a verdict, or None once all is done."""
         judge = Judge(range(self.ranks), self.watchdog, f"{self.folder}/rank-*.stacks", time.monotonic())
+        ended: set[int] = set()
         while True:
             self._beat()
+            # Looked for before beats are read, and twice, since a process that ends may just have said why.
+            before, ended = ended, self._ended_beside()
             beats = [Beat.from_json(text) for text in self._store.multi_get(self._keys())]
             now = time.monotonic()
             for beat in beats:
                 judge.hear(beat, now)
             if judge.ended():
                 return None
-            verdict = judge.verdict(now)
+            self._beside |= {beat.rank: beat for beat in beats[1:] if is_sibling(beat, self._me.host)}
+            verdict = judge.gone(before & ended, "its process has ended") or judge.verdict(now)
             if verdict is not None:
                 break
             self._pause()
@@ -194,6 +172,10 @@ class Monitor:
         while self._store.add("told", 0) < others and time.monotonic() - now < TOLD_SECONDS:
             time.sleep(POLL_SECONDS)
         return verdict
+
+    def _ended_beside(self) -> set[int]:
+        """Ranks on this host whose process has been there and is no more."""
+        return {rank for rank, beat in self._beside.items() if not is_sibling(beat, self._me.host)}
 
     def _follow(self) -> Verdict | None:
         """Other ranks: wait for a verdict of rank 0, and watch it; None once this rank is done."""
@@ -216,15 +198,16 @@ class Monitor:
         except DistError as error:
             if self._me.state == "leaving" and judge.ended():
                 return None  # a signal has ended both
-            verdict = judge.gone(0, f"no answer from it: {str(error).splitlines()[0]}")
-        return self._alone(verdict)
+            verdict = judge.gone([0], f"or cut off: {str(error).splitlines()[0]}")
+        return verdict and self._alone(verdict)
 
     def _expect_answers(self) -> None:
         """Another thread, since a request to a process that is stopped may not return."""
         while not self._done.wait(BEAT_SECONDS):
             silence = time.monotonic() - self._answered
-            if silence > SILENT_SECONDS:
-                self._conclude(self._alone(self._judge_of_first.gone(0, f"no answer from it for {silence:.0f} s")))
+            verdict = self._judge_of_first.gone([0], f"no answer for {silence:.0f} s")
+            if silence > SILENT_SECONDS and verdict is not None:
+                self._conclude(self._alone(verdict))
 
     def _alone(self, verdict: Verdict) -> Verdict:
         # Without rank 0 the others know nothing of each other. On its host the next one speaks, on the others the first.
@@ -277,11 +260,19 @@ def is_echo(error: BaseException) -> bool:
     )
 
 
-def end_stopped(beat: Beat, host: str) -> None:
-    """Kill a silent rank of this host that is stopped or stuck, which its launcher would give another half minute.
+def is_sibling(beat: Beat, host: str) -> bool:
+    """Whether a rank's process is on this host, a child of this process's parent, and has not ended."""
+    if beat.host != host or not beat.pid:
+        return False
+    try:
+        process = psutil.Process(beat.pid)
+        return process.ppid() == beat.parent == os.getppid() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
-    Nothing is done unless it still is a child of this process's parent.
-    """
+
+def end_stopped(beat: Beat, host: str) -> None:
+    """Kill a silent rank of this host that is stopped or stuck, which its launcher would give another half minute."""
     with contextlib.suppress(psutil.Error):
-        if beat.host == host and beat.pid and beat.parent == os.getppid() == psutil.Process(beat.pid).ppid():
+        if is_sibling(beat, host):
             psutil.Process(beat.pid).kill()

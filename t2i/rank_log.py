@@ -1,10 +1,12 @@
-"""A rank's own log, and what a process can tell of itself: where it is, and what its threads do."""
+"""A rank's own log, and what a process can tell of itself: how far it is, where, and what its threads do."""
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TextIO
@@ -91,6 +93,33 @@ class Tee:
 def _overwritten(line: str) -> str:
     """What a terminal shows of a line in which carriage returns went back to its start."""
     return line.rstrip("\r").rpartition("\r")[2]
+
+
+class Progress:
+    """Where the training loop is, as it says itself; read by the monitor's thread."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        """`note` adds a line to the rank's log."""
+        self.note = note
+        self.done: int | None = None
+        self.doing = ""
+        self.signs = 0
+
+    def step(self, number: int) -> None:
+        """Step `number` is done."""
+        self.done = number
+        self.signs += 1
+
+    @contextlib.contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """What happens inside is no step, and beginning and ending it are signs of life: saving, for example."""
+        self.doing = doing
+        self.signs += 1
+        try:
+            yield
+        finally:
+            self.doing = ""
+            self.signs += 1
 
 
 def place() -> tuple[str, bool]:

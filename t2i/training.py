@@ -33,9 +33,9 @@ from t2i.errors import RunError
 from t2i.health import Health
 from t2i.inspection import Inspection, Judge
 from t2i.metrics import MetricsLog
-from t2i.monitor import Progress
 from t2i.objective import TrainingModel, build_model, condition_tensors, parameter_groups
 from t2i.optimizer import lr_at, make_optimizer
+from t2i.rank_log import Progress
 from t2i.reports import Window, peak_memory
 from t2i.run_checks import check_data, check_resumable, inputs_of, vocabulary_of
 from t2i.text_encoder import TextEncoder

@@ -272,11 +272,29 @@ def test_who_is_behind(running: list[dict[str, object]], expected: list[int]) ->
     assert [one.rank for one in found] == expected
 
 
-def test_a_rank_known_to_be_gone_is_told_with_its_own_error_where_it_had_one() -> None:
-    judge = Judge([0], 0.0, "", 0.0)
-    judge.hear(beat(0, lines=("a", "b")), 1.0)
-    assert judge.gone(0, "no answer").text == (
-        "rank 0 on host0, pid 100 is dead or cut off (no answer), after step 7\nlast lines of rank 0:\n    a\n    b"
+def test_ranks_known_to_be_gone_are_told_with_their_own_error_where_they_had_one() -> None:
+    judge = Judge([0, 1, 2], 0.0, "", 0.0)
+    for rank in range(3):
+        judge.hear(beat(rank, lines=("a", "b") if rank == 1 else ()), 1.0)
+    verdict = judge.gone({1, 2}, "its process has ended")
+    assert verdict is not None
+    assert verdict.text == (
+        "rank 1 on host0, pid 101; rank 2 on host1, pid 102 is dead (its process has ended), after step 7, last seen at "
+        "x.py:1\nlast lines of rank 1:\n    a\n    b"
     )
-    judge.hear(beat(0, state="failed", error="OSError: disk full"), 2.0)
-    assert judge.gone(0, "no answer").text == "rank 0 on host0, pid 100 failed after step 7: OSError: disk full"
+    assert verdict.speakers == (0,)
+    judge.hear(beat(1, state="failed", error="OSError: disk full"), 2.0)
+    failed = judge.gone({1, 2}, "its process has ended")
+    assert failed is not None
+    assert (failed.kind, failed.text) == ("failed", "rank 1 on host0, pid 101 failed after step 7: OSError: disk full")
+    judge.hear(beat(1, state="finished"), 2.0)
+    assert judge.gone({1}, "its process has ended") is None
+    assert judge.gone(set(), "") is None
+
+
+def test_a_rank_that_a_signal_ended_is_told_so() -> None:
+    judge = Judge([0], 0.0, "", 0.0)
+    judge.hear(beat(0, state="leaving"), 1.0)
+    verdict = judge.gone({0}, "no answer")
+    assert verdict is not None
+    assert verdict.text.startswith("rank 0 on host0, pid 100 was ended by a signal, after step 7")

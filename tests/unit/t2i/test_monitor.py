@@ -39,6 +39,8 @@ def job(rank, ranks, folder, watchdog, body):
             time.sleep(0.01)
         return path.read_bytes()
 
+    if "elsewhere" in body and rank:
+        monitor.socket.gethostname = lambda: "elsewhere"
     with monitor.Monitor(rank, ranks, local_rank=rank, folder=folder / "logs", watchdog=watchdog, share=share) as own:
         print("a line of rank", rank, file=sys.stderr)
         own.open_log()
@@ -87,6 +89,7 @@ JOBS = {
     "end": (3, 0.0, "if rank == 1: time.sleep(0.5)"),
     "end of the first": (2, 0.0, "if rank == 0: time.sleep(0.5)"),
     "killed": (3, 0.0, f"if rank == 1: {KILL}{REST}"),
+    "killed elsewhere": (3, 0.0, f"if rank == 1: {KILL}{REST}  # elsewhere"),
     "first killed": (3, 0.0, f"if rank == 0: {KILL}{REST}"),
     "echo": (
         3, 0.0,
@@ -146,9 +149,7 @@ def test_a_killed_rank_ends_all_with_its_name_step_and_last_lines(jobs: dict[str
     job = jobs["killed"]
     assert job.codes == [86, -signal.SIGKILL, 86]
     first, *more = job.errors[0].splitlines()
-    assert first.startswith(
-        f"error: {job.names[1]} is dead or stopped: no sign of life for 4 s, after step 7, last seen at "
-    )
+    assert first.startswith(f"error: {job.names[1]} is dead (its process has ended), after step 7, last seen at ")
     assert more == ["last lines of rank 1:", "    a line of rank 1"]
     assert job.errors[2] == ""  # one rank of a host speaks; in the logs of the others it is as well
     for rank in (0, 2):
@@ -157,7 +158,16 @@ def test_a_killed_rank_ends_all_with_its_name_step_and_last_lines(jobs: dict[str
         assert lines == [f"a line of rank {rank}", first.removeprefix("error: "), *more]
 
 
-@pytest.mark.parametrize(("name", "why"), [("first killed", "is dead or cut off ("), ("first stopped", "is dead or ")])
+def test_a_killed_rank_on_another_host_is_known_by_its_silence(jobs: dict[str, Job]) -> None:
+    job = jobs["killed elsewhere"]
+    assert job.codes == [86, -signal.SIGKILL, 86]
+    name = job.names[1].replace(socket.gethostname(), "elsewhere")
+    # On each host one rank speaks.
+    for rank in (0, 2):
+        assert job.errors[rank].startswith(f"error: {name} is dead or stopped: no sign of life for 4 s, after step 7, ")
+
+
+@pytest.mark.parametrize(("name", "why"), [("first killed", "is dead (or cut off: "), ("first stopped", "is dead ")])
 def test_without_rank_0_the_others_find_out_by_themselves(jobs: dict[str, Job], name: str, why: str) -> None:
     job = jobs[name]
     assert job.codes == [-signal.SIGKILL, *[86] * (len(job.codes) - 1)]
@@ -172,7 +182,7 @@ def test_without_rank_0_the_others_find_out_by_themselves(jobs: dict[str, Job], 
 def test_a_rank_whose_collective_failed_names_the_one_that_was_killed(jobs: dict[str, Job]) -> None:
     job = jobs["echo"]
     assert job.codes == [86, -signal.SIGKILL, 86]
-    assert job.errors[0].startswith(f"error: {job.names[1]} is dead or stopped")
+    assert job.errors[0].startswith(f"error: {job.names[1]} is dead (its process has ended)")
     assert "gloo" not in job.errors[0] + job.errors[2]
     assert "Connection closed by peer" in job.log(2)
 
@@ -236,7 +246,7 @@ def test_a_stopped_rank_is_named_and_does_not_outlive_the_others(jobs: dict[str,
 def test_a_rank_that_its_launcher_ends_first_says_why(jobs: dict[str, Job]) -> None:
     job = jobs["killed, and the other ended"]
     assert job.codes == [86, -signal.SIGKILL]
-    assert job.errors[0].startswith(f"error: {job.names[1]} is dead or stopped")
+    assert job.errors[0].startswith(f"error: {job.names[1]} is dead (its process has ended)")
 
 
 def test_a_job_that_is_ended_by_a_signal_has_no_dead(jobs: dict[str, Job]) -> None:
