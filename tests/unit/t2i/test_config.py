@@ -77,6 +77,8 @@ def test_json_round_trip_keeps_numbers_and_text(
         (TrainConfig, {"lr": 1e-4, "min_lr": 1e-3}, "min_lr 0.001"),
         (TrainConfig, {"beta2": 1.0}, "beta2 is 1.0"),
         (TrainConfig, {"sample_every": -1}, "sample_every is -1"),
+        (TrainConfig, {"watchdog_seconds": -1.0}, "watchdog_seconds is -1.0"),
+        (TrainConfig, {"watchdog_seconds": 2.0}, "watchdog_seconds is 2.0, .* use 3 or more, or 0 to wait for ever"),
         (SampleConfig, {"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
         (SampleConfig, {"temperature": -1.0}, "temperature is -1.0"),
         (SampleConfig, {"top_k": -1}, "top_k is -1"),
