@@ -65,7 +65,9 @@ class Monitor:
         self.progress = Progress(self.log.line)
         self._local_rank, self._share = local_rank, share
         self._me = Beat(rank, socket.gethostname(), os.getpid(), os.getppid())
-        self._beats = 0
+        self._beats, self._answers = 0, 0
+        self._clock, self._looked = 0.0, 0.0
+        self._judge_of_first = Judge([0], 0.0, "", self._clock)
         self._beside: dict[int, Beat] = {}
         self._wake, self._done = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
@@ -73,8 +75,7 @@ class Monitor:
     def __enter__(self) -> Self:
         """Raises OSError where rank 0 cannot be reached."""
         self._store = self._connect()
-        self._answered = time.monotonic()
-        self._judge_of_first = Judge([0], 0.0, "", self._answered)
+        self._looked = time.monotonic()
         self.log.__enter__()
         # Launchers end the ranks that are left, and one of these has to say why. The training loop has its own way.
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -150,14 +151,14 @@ class Monitor:
 
     def _lead(self) -> Verdict | None:
         """Rank 0: judge until there is a verdict, or None once all is done."""
-        judge = Judge(range(self.ranks), self.watchdog, f"{self.folder}/rank-*.stacks", time.monotonic())
+        judge = Judge(range(self.ranks), self.watchdog, f"{self.folder}/rank-*.stacks", self._clock)
         ended: set[int] = set()
         while True:
             self._beat()
             # Looked for before beats are read, and twice, since a process that ends may just have said why.
             before, ended = ended, self._ended_beside()
             beats = [Beat.from_json(text) for text in self._store.multi_get(self._keys())]
-            now = time.monotonic()
+            now = self._time()
             for beat in beats:
                 judge.hear(beat, now)
             if judge.ended():
@@ -168,8 +169,8 @@ class Monitor:
                 break
             self._pause()
         self._store.set("verdict", verdict.to_json())
-        others = len(set(judge.listeners(verdict)) - {0})
-        while self._store.add("told", 0) < others and time.monotonic() - now < TOLD_SECONDS:
+        others, limit = len(set(judge.listeners(verdict)) - {0}), time.monotonic() + TOLD_SECONDS
+        while self._store.add("told", 0) < others and time.monotonic() < limit:
             time.sleep(POLL_SECONDS)
         return verdict
 
@@ -186,7 +187,8 @@ class Monitor:
                 if self._me.state == "finished" or (self._me.state == "failed" and not self._me.echo):
                     return None
                 told, first = self._store.multi_get(["verdict", "beat/0"])
-                self._answered = now = time.monotonic()
+                self._answers += 1
+                now = self._time()
                 judge.hear(Beat.from_json(first), now)
                 if told:
                     self._store.add("told", 1)
@@ -203,11 +205,19 @@ class Monitor:
 
     def _expect_answers(self) -> None:
         """Another thread, since a request to a process that is stopped may not return."""
+        silence, before = 0.0, self._answers
         while not self._done.wait(BEAT_SECONDS):
-            silence = time.monotonic() - self._answered
+            # Counted, not taken from a clock, which runs on while something keeps Python's lock.
+            silence, before = (0.0 if self._answers != before else silence + BEAT_SECONDS), self._answers
             verdict = self._judge_of_first.gone([0], f"no answer for {silence:.0f} s")
             if silence > SILENT_SECONDS and verdict is not None:
                 self._conclude(self._alone(verdict))
+
+    def _time(self) -> float:
+        """Seconds on a clock that stands still while this process is stopped, or something keeps Python's lock."""
+        now = time.monotonic()
+        self._clock, self._looked = self._clock + min(now - self._looked, 2 * BEAT_SECONDS), now
+        return self._clock
 
     def _alone(self, verdict: Verdict) -> Verdict:
         # Without rank 0 the others know nothing of each other. On its host the next one speaks, on the others the first.

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from t2i.liveness import BEAT_SECONDS
 from t2i.monitor import Monitor, is_echo
 
 ROOT = Path(__file__).parents[3]
 
 DRIVER = """
-import json, os, signal, sys, threading, time, traceback
+import ctypes, json, os, signal, sys, threading, time, traceback
 from pathlib import Path
 from t2i import liveness, monitor
 
 liveness.BEAT_SECONDS = monitor.BEAT_SECONDS = 0.2
-liveness.SILENT_SECONDS = liveness.SILENT_AT_START_SECONDS = monitor.SILENT_SECONDS = 4.0
+liveness.SILENT_SECONDS = monitor.SILENT_SECONDS = 4.0
+liveness.SILENT_AT_START_SECONDS = 12.0
 liveness.QUIET_SECONDS, liveness.SETTLE_SECONDS, liveness.ECHO_SECONDS = 1.5, 1.0, 3.0
 
 def reading_for_ever():
@@ -44,7 +46,8 @@ def job(rank, ranks, folder, watchdog, body):
     with monitor.Monitor(rank, ranks, local_rank=rank, folder=folder / "logs", watchdog=watchdog, share=share) as own:
         print("a line of rank", rank, file=sys.stderr)
         own.open_log()
-        own.progress.step(7)
+        if "at start" not in body:
+            own.progress.step(7)
         # Wait until rank 0 has surely heard of this.
         (folder / f"begun-{rank}").touch()
         while len(list(folder.glob("begun-*"))) < ranks:
@@ -52,7 +55,7 @@ def job(rank, ranks, folder, watchdog, body):
         time.sleep(1)
         exec(body, globals(), {"rank": rank, "own": own})
 
-pids = {}
+pids, late = {}, []
 for folder, ranks, watchdog, body in json.loads(sys.argv[1]):
     for rank in range(ranks):
         pid = os.fork()
@@ -72,6 +75,7 @@ for folder, ranks, watchdog, body in json.loads(sys.argv[1]):
         pids[pid] = folder, rank
 
 def end(*_):
+    late.extend(pids)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
@@ -80,7 +84,7 @@ signal.alarm(40)
 while pids:
     pid, status = os.wait()
     folder, rank = pids.pop(pid)
-    Path(folder, f"end-{rank}").write_text(json.dumps([pid, os.waitstatus_to_exitcode(status)]))
+    Path(folder, f"end-{rank}").write_text(json.dumps([pid, "late" if pid in late else os.waitstatus_to_exitcode(status)]))
 """
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -88,6 +92,7 @@ REST = "\ntime.sleep(1000)"
 JOBS = {
     "end": (3, 0.0, "if rank == 1: time.sleep(0.5)"),
     "end of the first": (2, 0.0, "if rank == 0: time.sleep(0.5)"),
+    "lock kept": (2, 0.0, "if rank == 1: ctypes.PyDLL(None).sleep(6)  # at start"),
     "killed": (3, 0.0, f"if rank == 1: {KILL}{REST}"),
     "killed elsewhere": (3, 0.0, f"if rank == 1: {KILL}{REST}  # elsewhere"),
     "first killed": (3, 0.0, f"if rank == 0: {KILL}{REST}"),
@@ -139,7 +144,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     return {name: Job(folder / name, ranks) for name, (ranks, *_) in JOBS.items()}
 
 
-@pytest.mark.parametrize("name", ["end", "end of the first"])
+@pytest.mark.parametrize("name", ["end", "end of the first", "lock kept"])
 def test_ranks_that_end_well_say_nothing(jobs: dict[str, Job], name: str) -> None:
     assert set(jobs[name].codes) == {0}
     assert set(jobs[name].errors) == {""}
@@ -266,6 +271,14 @@ def test_an_unreachable_monitor_is_a_mistake_that_says_where(tmp_path: Path, mon
     monitor = Monitor(1, 2, local_rank=1, folder=tmp_path, watchdog=0, share=lambda make: b"1")
     with pytest.raises(OSError, match=r"^rank 1 on \S+ cannot reach the monitor of rank 0 at localhost:1 \("):
         monitor.__enter__()
+
+
+def test_time_stands_still_for_a_process_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = Monitor(0, 1, local_rank=0, folder=tmp_path, watchdog=0, share=lambda make: make())
+    monkeypatch.setattr("t2i.monitor.time.monotonic", iter([0.0, 1.0, 3600.0, 3601.0]).__next__)
+    times = [monitor._time() for _ in range(4)]
+    assert times[1] - times[0] == times[3] - times[2] == 1.0
+    assert times[2] - times[1] == 2 * BEAT_SECONDS
 
 
 @pytest.mark.parametrize(
