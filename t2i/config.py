@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from t2i.text_encoder import TextEncoderConfig
-from t2i.wavefronts import check_grid
+from t2i.grid import check_grid
+from t2i.text_encoder_config import TextEncoderConfig
 
 Config = TypeVar("Config")
 _STRICT = ConfigDict(extra="forbid")
