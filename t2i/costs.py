@@ -70,26 +70,58 @@ def peak_of(device_name: str) -> float | None:
 # Parameters
 
 
-def parameters(recipe: Recipe) -> dict[str, int]:
-    """How many parameters each part of a recipe's model has that are trained."""
-    model = recipe.model
-    prefix = _learned_prefix(model)
-    counts = {
-        "caption map" if model.condition == "text" else "class embedding": prefix,
-        "token embedding": model.vocab_size * model.width,
-        "positions": (model.prefix + math.prod(model.grid)) * model.width if model.positions == "learned" else 0,
-        "blocks": blocks(model) * block_parameters(model),
-        "heads": model.n_axes * model.width * (model.vocab_size + 1),
-        "text encoder": 0 if recipe.text_encoder is None else text_encoder_parameters(recipe.text_encoder),
-    }
-    return {name: count for name, count in counts.items() if count}
+@dataclass(frozen=True)
+class Parameter:
+    """One trained tensor: the part of the model that it is in, how many numbers it has, whether it decays."""
+
+    part: str
+    size: int
+    decays: bool = True
 
 
-def _learned_prefix(model: ModelConfig) -> int:
+def parameter_list(recipe: Recipe) -> list[Parameter]:
+    """The parameters of a recipe's model in the order in which it has them."""
+    model, width = recipe.model, recipe.model.width
+    found = []
+    if model.positions == "learned":
+        found.append(Parameter("positions", (model.prefix + math.prod(model.grid)) * width, False))
     if model.condition == "class":
-        return (model.num_classes + 1) * model.width
-    learned = model.uncond_tokens * model.condition_dim if model.uncond_embedding == "learned" else 0
-    return (model.condition_dim + model.width) * model.width + learned
+        found.append(Parameter("class embedding", (model.num_classes + 1) * width, False))
+    else:
+        if model.uncond_embedding == "learned":
+            found.append(Parameter("caption map", model.uncond_tokens * model.condition_dim, False))
+        found += [Parameter("caption map", inputs * width) for inputs in (model.condition_dim, width)]
+    found.append(Parameter("token embedding", model.vocab_size * width, False))
+    norm = Parameter("blocks", width, False)
+    attention = [Parameter("blocks", outputs * width) for outputs in (fused_width(model), width)]
+    found += blocks(model) * [norm, *attention, norm, *3 * [Parameter("blocks", model.hidden * width)]]
+    found.append(Parameter("heads", model.vocab_size * model.n_axes * width))
+    found += model.n_axes * [Parameter("heads", width, False)]
+    return found + ([] if recipe.text_encoder is None else _text_encoder(recipe.text_encoder))
+
+
+def _text_encoder(encoder: TextEncoderConfig) -> list[Parameter]:
+    """Those of a T5 encoder."""
+
+    def made(size: int, decays: bool = True) -> Parameter:
+        return Parameter("text encoder", size, decays)
+
+    norm = made(encoder.dim, False)
+    found = [made(encoder.vocab_size * encoder.dim, False)]
+    for number in range(encoder.n_layer):
+        found += 4 * [made(encoder.dim**2)]
+        if number == 0:
+            found.append(made(T5_BUCKETS * encoder.n_head, False))
+        found += [norm, *2 * [made(encoder.dim * encoder.ffn_dim)], norm]
+    return [*found, norm]
+
+
+def parameters(recipe: Recipe) -> dict[str, int]:
+    """How many trained numbers each part of a recipe's model has."""
+    counts: dict[str, int] = {}
+    for parameter in parameter_list(recipe):
+        counts[parameter.part] = counts.get(parameter.part, 0) + parameter.size
+    return counts
 
 
 def blocks(model: ModelConfig) -> int:
@@ -102,20 +134,9 @@ def fused_width(model: ModelConfig) -> int:
     return (model.n_head + 2 * (model.n_kv_head or model.n_head)) * (model.width // model.n_head)
 
 
-def block_parameters(model: ModelConfig) -> int:
-    """Parameters of one transformer block."""
-    return block_matrices(model) + 2 * model.width
-
-
 def block_matrices(model: ModelConfig) -> int:
     """Entries of one block's matrices."""
     return model.width * (fused_width(model) + model.width + 3 * model.hidden)
-
-
-def text_encoder_parameters(encoder: TextEncoderConfig) -> int:
-    """Parameters of a T5 encoder: embedding, blocks, last norm, and the biases of the first block's attention."""
-    block = 4 * encoder.dim**2 + 2 * encoder.dim * encoder.ffn_dim + 2 * encoder.dim
-    return (encoder.vocab_size + 1) * encoder.dim + encoder.n_layer * block + T5_BUCKETS * encoder.n_head
 
 
 # FLOPs

@@ -13,11 +13,12 @@ from t2i.costs import (
     GPUS,
     computed_flops_per_sample,
     forward_flops,
+    parameter_list,
     parameters,
     peak_of,
     training_flops_per_sample,
 )
-from t2i.objective import TrainingModel, build_model
+from t2i.objective import TrainingModel, build_model, parameter_groups
 from t2i.recipes import PRESETS, RECIPES, nar_video
 from t2i.text_encoder import train_sentencepiece
 from t2i.text_encoder_config import TextEncoderConfig
@@ -81,8 +82,10 @@ def built(recipe: Recipe, vocabulary: bytes) -> TrainingModel:
 @pytest.mark.parametrize("name", RECIPE_OF)
 def test_parameters_are_those_of_the_model(name: str, vocabulary: bytes) -> None:
     recipe = RECIPE_OF[name]
-    expected = sum(p.numel() for p in built(recipe, vocabulary).parameters())
-    assert sum(parameters(recipe).values()) == expected
+    model = built(recipe, vocabulary)
+    decays = {id(p) for p in parameter_groups(model, 0.1)[0]["params"]}
+    expected = [(p.numel(), id(p) in decays) for p in model.parameters()]
+    assert [(p.size, p.decays) for p in parameter_list(recipe)] == expected
 
 
 @pytest.mark.parametrize("size", PRESETS)
