@@ -233,6 +233,9 @@ class TrainConfig:
     """Compile the model (torch.compile), which takes half a minute at the start. Checkpoints do not depend on it."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
+    peak_tflops: float | None = None
+    """Peak of a rank's device in TFLOP/s, of which reports give the share that the model makes use of ("mfu"). When not given,
+    that of the GPU's data sheet; where there is none, what a large product is measured to reach at the start."""
     wandb_project: str = "nar-t2i"
     """Project of the run at wandb."""
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
@@ -244,6 +247,8 @@ class TrainConfig:
         _at_least(self, 0, "judge_every")
         _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every", "keep_every", "decay_steps")
         _at_least(self, 0, "spike_deviations")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"TrainConfig: peak_tflops is {self.peak_tflops}; it must be above 0, or left out")
         if self.lr_schedule == "cosine" and self.decay_steps:
             raise ValueError(
                 f"TrainConfig: decay_steps is {self.decay_steps}, which is for lr_schedule 'constant'; leave it 0 with a cosine"

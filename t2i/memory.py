@@ -199,7 +199,9 @@ def memory(
         """DeepSpeed's buffers once this share of the gradients is there: the buckets, and a copy that is being reduced."""
         filled = int(min(bucket, item * count * done))
         reduces = filled if not waits or done == 1 else 0
-        return reduces + (filled if processor else copies * bucket)
+        if not processor:
+            return reduces + copies * bucket
+        return reduces + (min(bucket, item * count) if whole else filled)
 
     kept = held.prefix + blocks(recipe.model) * (
         held.block_input if recipe.train.activation_checkpointing else held.block
@@ -234,9 +236,7 @@ def memory(
         moments["reduction"] = moment(gradients=item * count, buffers=buffers(1))
     flat = 0 if zero.offload_optimizer else largest_group * (4 if item == 4 else item + 4)
     live = 0
-    moments["step"] = moment(
-        gradients=0 if whole else own_gradients, working=flat, buffers=buffers(0) if whole and not processor else 0
-    )
+    moments["step"] = moment(gradients=0 if whole else own_gradients, working=flat, buffers=buffers(0) if whole else 0)
     return Memory(moments, offloaded)
 
 
