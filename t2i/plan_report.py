@@ -8,8 +8,8 @@ from rich.table import Table
 
 from t2i.config import to_json
 from t2i.costs import computed_flops_per_sample, forward_flops, parameters
-from t2i.memory import KINDS, Memory
-from t2i.plan import ALLOWANCE, Plan, Way
+from t2i.memory import KINDS
+from t2i.plan import ALLOWANCE, Plan
 
 
 def gigabytes(size: float) -> str:
@@ -30,9 +30,9 @@ def print_plan(plan: Plan, config_file: str, console: Console | None = None) -> 
     console.print(_run_table(plan))
     console.print(_memory_table(plan))
     console.print(
-        f"GB of 10**9 bytes. Kinds are each at its most, the peak is the most at one moment. Captions of "
-        f"{plan.recipe.model.max_condition} tokens, the longest there can be. What fits leaves {ALLOWANCE:.0%} of a GPU to CUDA, "
-        "NCCL and fragments.",
+        "GB of 10**9 bytes; kinds are each at its most, the peak is the most at one moment. Again: activations are computed "
+        f"again in the backward pass. Off: in the processor's memory. Captions have {plan.recipe.model.max_condition} tokens, the "
+        f"most there can be. What fits leaves {ALLOWANCE:.0%} of a GPU to CUDA, NCCL and fragments.",
         highlight=False,
     )
     _print_recommended(plan, config_file, console)
@@ -65,6 +65,13 @@ def _run_table(plan: Plan) -> Table:
     table.add_row("days", f"{plan.seconds / 86400:.2f}", f"at an MFU of {cluster.mfu:g}")
     rate = plan.global_batch / plan.seconds_per_step
     table.add_row("seconds a step", f"{plan.seconds_per_step:.3f}", f"{rate:,.0f} samples/s")
+    sent = [way.traffic for way in plan.ways if way.name == plan.recommended][:1]
+    if sent:
+        table.add_row(
+            "network, GB/s",
+            f"{sent[0] / plan.seconds_per_step / 1e9:,.1f}",
+            f"of each GPU, which sends {gigabytes(sent[0])} GB a step; with less, steps wait for it",
+        )
     table.add_row(
         "checkpoint, GB", gigabytes(plan.checkpoint_bytes), "as many in processors' memory while it is written"
     )
@@ -81,38 +88,30 @@ def _memory_table(plan: Plan) -> Table:
     accumulation = plan.global_batch // plan.cluster.ranks // plan.micro_batch
     title = f"GB of each GPU at micro-batch {plan.micro_batch}, accumulation {accumulation}"
     table = Table(title=title, title_justify="left")
-    for column in (
-        "way",
-        "activations",
-        *(k for k in KINDS if k != "activations"),
-        "peak",
-        "when",
-        "offloaded",
-        "sent a step",
-    ):
-        table.add_column(column, justify="left" if column in ("way", "when") else "right")
-    table.add_column("largest micro-batch", justify="right")
+    kinds = [kind for kind in KINDS if kind != "activations"]
+    for column in ("way", "activations", *kinds, "peak", "when", "offloaded", "sent a step", "micro-batch that fits"):
+        table.add_column(column, justify="left" if column in ("way", "when") else "right", no_wrap=column == "way")
     for way in plan.ways:
-        _add_way(table, plan, way, way.kept, way.largest, checkpointing=False)
-        _add_way(table, plan, way, way.checkpointed, way.largest_checkpointed, checkpointing=True)
-        table.add_section()
+        memory = way.memory
+        chosen = (way.name, way.checkpointing) == (plan.recommended, plan.checkpointing)
+        table.add_row(
+            way.name,
+            gigabytes(memory.largest("activations")) + (" again" if way.checkpointing else " kept"),
+            *(gigabytes(memory.largest(kind)) for kind in kinds),
+            gigabytes(memory.peak),
+            memory.peak_moment,
+            gigabytes(memory.offloaded),
+            gigabytes(way.traffic),
+            f"{way.fits:,}" if way.fits else "none",
+            style="bold green" if chosen else None,
+        )
     return table
-
-
-def _add_way(table: Table, plan: Plan, way: Way, memory: Memory, largest: int, checkpointing: bool) -> None:
-    chosen = (way.name, checkpointing) == (plan.recommended, plan.checkpointing)
-    kinds = [gigabytes(memory.largest(kind)) for kind in KINDS if kind != "activations"]
-    activations = gigabytes(memory.largest("activations")) + (" again" if checkpointing else " kept")
-    table.add_row(
-        way.name, activations, *kinds, gigabytes(memory.peak), memory.peak_moment, gigabytes(memory.offloaded),
-        gigabytes(way.traffic), str(largest) if largest else "none", style="bold green" if chosen else None,
-    )  # fmt: skip
 
 
 def _print_recommended(plan: Plan, config_file: str, console: Console) -> None:
     if plan.config is None:
         console.print(
-            f"No micro-batch fits a GPU of {gigabytes(plan.cluster.memory)} GB: take a GPU with more memory, or a smaller model."
+            f"No micro-batch fits a GPU of {gigabytes(plan.cluster.memory)} GB: take one with more memory, or a smaller model."
         )
         return
     changes = []
@@ -130,7 +129,6 @@ def plan_json(plan: Plan) -> str:
     """The whole plan: counts, bytes and seconds as they are."""
     values = asdict(plan) | {"recipe": json.loads(to_json(plan.recipe)), "parameters": parameters(plan.recipe)}
     for way, row in zip(plan.ways, values["ways"], strict=True):
-        for name, memory in (("kept", way.kept), ("checkpointed", way.checkpointed)):
-            row[name] |= {"peak": memory.peak, "peak_moment": memory.peak_moment}
+        row["memory"] |= {"peak": way.memory.peak, "peak_moment": way.memory.peak_moment}
     values["cluster"] |= {"ranks": plan.cluster.ranks, "usable": plan.cluster.usable}
     return json.dumps(values | {"seconds_per_step": plan.seconds_per_step}, indent=2)
