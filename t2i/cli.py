@@ -182,7 +182,7 @@ def plan(
         micro_batch: For which memory is told; the recommended one when not given.
         caption: Tokens of the longest caption of a micro-batch, as it usually is, for FLOPs and time; 40 when not given.
         samples: Of the data set; those of the recipe's folder, if it is there, when not given.
-        fp32: Train in fp32 in place of bf16.
+        fp32: Train in fp32 in place of 16-bit numbers.
         out: Where to write the recommended DeepSpeed JSON.
         json: Print JSON in place of the tables.
     """
@@ -194,7 +194,7 @@ def plan(
     cluster = Cluster(nodes, gpus_per_node, gpu, mfu, gpu_memory)
     made = make_plan(
         find_recipe(recipe), cluster, global_batch=global_batch, micro_batch=micro_batch, caption_tokens=caption,
-        samples=samples, half=not fp32,
+        samples=samples, fp32=fp32,
     )  # fmt: skip
     if out is not None:
         if made.config is None:

@@ -27,12 +27,14 @@ class GPU:
     memory: int
     words: tuple[str, ...]
     """What its name has in it, as `torch.cuda.get_device_name` tells it."""
+    half: str = "bf16"
+    """The 16-bit numbers that it computes with, as DeepSpeed's JSON has them."""
 
 
 GPUS: dict[str, GPU] = {
-    "v100-16": GPU(125e12, 16 * 10**9, ("V100", "16GB")),
-    "v100": GPU(125e12, 32 * 10**9, ("V100",)),
-    "t4": GPU(65e12, 16 * 10**9, ("T4",)),
+    "v100-16": GPU(125e12, 16 * 10**9, ("V100", "16GB"), "fp16"),
+    "v100": GPU(125e12, 32 * 10**9, ("V100",), "fp16"),
+    "t4": GPU(65e12, 16 * 10**9, ("T4",), "fp16"),
     "a10": GPU(125e12, 24 * 10**9, ("A10",)),
     "a30": GPU(165e12, 24 * 10**9, ("A30",)),
     "a40": GPU(149.7e12, 48 * 10**9, ("A40",)),

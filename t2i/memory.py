@@ -215,6 +215,9 @@ def memory(
             gradients=held.head_gradient + accumulated, buffers=resident,
         ),
     }  # fmt: skip
+    # The heads' gradient is turned into 16-bit numbers, and for a moment there in both.
+    twice = held.head_gradient * (item + 4) // 4 if arrangement.half else held.head_gradient
+    moments["heads"] = moment(activations=kept + held.heads, gradients=twice + accumulated, buffers=resident)
     walk = []
     for left, done in _backward(recipe, tensors):
         recomputed = held.block if recipe.train.activation_checkpointing and left else 0

@@ -134,7 +134,7 @@ def make_plan(
     micro_batch: int | None = None,
     caption_tokens: int | None = None,
     samples: int | None = None,
-    half: bool = True,
+    fp32: bool = False,
 ) -> Plan:
     """The plan of a recipe on a cluster.
 
@@ -145,7 +145,7 @@ def make_plan(
         caption_tokens: Of the longest caption of a micro-batch, as it usually is, for FLOPs and time; memory is that of the
             longest captions that the recipe allows.
         samples: Of the data; those of `recipe.data.path` when not given, if that is there.
-        half: bf16; fp32 otherwise.
+        fp32: In place of 16-bit weights and activations.
 
     Raises ValueError where batch and ranks do not fit together.
     """
@@ -153,6 +153,7 @@ def make_plan(
         caption_tokens = min(USUAL_CAPTION, recipe.model.max_condition)
     _check(recipe, cluster, global_batch, micro_batch, caption_tokens, samples)
     lanes = lanes_for(recipe.data.lanes, global_batch, cluster.ranks)
+    half = None if fp32 else cluster.model.half
     every = [(name, checkpointing) for checkpointing in (False, True) for name in WAYS]
 
     def config_of(name: str, size: int) -> dict[str, Any]:
@@ -210,7 +211,9 @@ def _check(
         raise ValueError(f"global batch {batch} is not divisible by {cluster.ranks} GPUs; nearest: {nearest}")
     if micro_batch is not None and (micro_batch < 1 or batch // cluster.ranks % micro_batch):
         sizes = ", ".join(map(str, _divisors(batch // cluster.ranks)))
-        raise ValueError(f"micro-batch {micro_batch} does not divide a rank's part of {batch}; it may be {sizes}")
+        raise ValueError(
+            f"micro-batch {micro_batch} does not divide a rank's {batch // cluster.ranks} of {batch}; it may be {sizes}"
+        )
     if not 1 <= caption <= recipe.model.max_condition and recipe.model.condition == "text":
         raise ValueError(
             f"captions of {caption} tokens are not within the 1 to {recipe.model.max_condition} of recipe {recipe.name}"
@@ -231,7 +234,7 @@ def _divisors(number: int) -> list[int]:
     return [part for part in range(1, number + 1) if number % part == 0]
 
 
-def largest_micro_batch(recipe: Recipe, cluster: Cluster, name: str, checkpointing: bool, half: bool) -> int:
+def largest_micro_batch(recipe: Recipe, cluster: Cluster, name: str, checkpointing: bool, half: str | None) -> int:
     """The largest micro-batch that fits one way to run, without accumulation, whatever the global batch; 0 where none does."""
 
     def fits(size: int) -> bool:
@@ -254,7 +257,9 @@ def needed(recipe: Recipe, config: dict[str, Any], cluster: Cluster, checkpointi
     return memory(recipe, Arrangement.of(config), cluster.ranks, recipe.model.max_condition)
 
 
-def deepspeed_config(name: str, micro_batch: int, accumulation: int, recipe: Recipe, half: bool) -> dict[str, Any]:
+def deepspeed_config(
+    name: str, micro_batch: int, accumulation: int, recipe: Recipe, half: str | None
+) -> dict[str, Any]:
     """The DeepSpeed JSON of one way to run."""
     stage, offloads = WAYS[name]
     count = sum(parameters(recipe).values())
@@ -273,7 +278,7 @@ def deepspeed_config(name: str, micro_batch: int, accumulation: int, recipe: Rec
         "gradient_clipping": 1.0,
     }
     if half:
-        config["bf16"] = {"enabled": True}
+        config[half] = {"enabled": True}
     if offloads:
         config["zero_force_ds_cpu_optimizer"] = False
     return config | {"zero_optimization": zero}

@@ -31,8 +31,8 @@ def print_plan(plan: Plan, config_file: str, console: Console | None = None) -> 
     console.print(_memory_table(plan))
     console.print(
         "GB of 10**9 bytes; kinds are each at its most, the peak is the most at one moment. Again: activations are computed "
-        f"again in the backward pass. Off: in the processor's memory. Captions have {plan.recipe.model.max_condition} tokens, the "
-        f"most there can be. What fits leaves {ALLOWANCE:.0%} of a GPU to CUDA, NCCL and fragments.",
+        f"again in the backward pass. Off: in the processor's memory. Captions have {plan.recipe.model.max_condition} tokens, "
+        f"the most there can be. What fits leaves {ALLOWANCE:.0%} of a GPU to CUDA, NCCL and fragments.",
         highlight=False,
     )
     _print_recommended(plan, config_file, console)
@@ -62,7 +62,7 @@ def _run_table(plan: Plan) -> Table:
     table.add_row(
         "FLOPs of the run", f"{plan.flops:.3g}", f"activation checkpointing computes {again:.2f} times as many"
     )
-    table.add_row("days", f"{plan.seconds / 86400:.2f}", f"at an MFU of {cluster.mfu:g}")
+    table.add_row("days", f"{plan.seconds / 86400:.2f}", f"at an MFU of {cluster.mfu:g}, of the peak in 16-bit numbers")
     rate = plan.global_batch / plan.seconds_per_step
     table.add_row("seconds a step", f"{plan.seconds_per_step:.3f}", f"{rate:,.0f} samples/s")
     sent = [way.traffic for way in plan.ways if way.name == plan.recommended][:1]
