@@ -189,15 +189,14 @@ def make_plan(
             )
     steps = recipe.train.steps
     whole = flops * global_batch * steps
-    count = sum(parameters(recipe).values())
-    averaged = recipe.train.ema_decay > 0
+    stage = config["zero_optimization"]["stage"] if config else 3
     return Plan(
         recipe=recipe, cluster=cluster, caption_tokens=caption_tokens, global_batch=global_batch, lanes=lanes,
         micro_batch=at, ways=ways, recommended=chosen[0] if chosen else None,
         checkpointing=bool(chosen and chosen[1]), config=config, steps=steps,
         tokens=steps * global_batch * math.prod(recipe.model.grid), flops_per_sample=flops, flops=whole,
         seconds=whole / (cluster.ranks * cluster.model.flops * cluster.mfu),
-        checkpoint_bytes=count * ((2 if half else 4) + 4 * (4 if averaged else 3)),
+        checkpoint_bytes=checkpoint_bytes(recipe, stage, 2 if half else 4),
         samples=samples, shards=shards,
         epochs=steps * global_batch / (samples - recipe.data.validation) if samples else None,
     )  # fmt: skip
@@ -296,6 +295,13 @@ def traffic(recipe: Recipe, arrangement: Arrangement, ranks: int) -> int:
         return int(share * size * 3 * micro_batches)
     reductions = micro_batches if arrangement.stage == 2 else 1
     return int(share * size * (2 * reductions + 1))
+
+
+def checkpoint_bytes(recipe: Recipe, stage: int, item: int) -> int:
+    """Size of a checkpoint: fp32 weights, two moments and perhaps an average, and, but for ZeRO 3, where they are nowhere
+    whole, the weights as they are trained, of `item` bytes each."""
+    states = 4 if recipe.train.ema_decay > 0 else 3
+    return sum(parameters(recipe).values()) * (4 * states + (0 if stage == 3 else item))
 
 
 def config_json(config: dict[str, Any]) -> bytes:
