@@ -62,7 +62,11 @@ def _run_table(plan: Plan) -> Table:
     table.add_row(
         "FLOPs of the run", f"{plan.flops:.3g}", f"activation checkpointing computes {again:.2f} times as many"
     )
-    table.add_row("days", f"{plan.seconds / 86400:.2f}", f"at an MFU of {cluster.mfu:g}, of the peak in 16-bit numbers")
+    table.add_row(
+        "days",
+        f"{plan.seconds / 86400:.2f}",
+        f"at an MFU of {cluster.mfu:g}, of the peak in 16-bit numbers, if the network keeps up",
+    )
     rate = plan.global_batch / plan.seconds_per_step
     table.add_row("seconds a step", f"{plan.seconds_per_step:.3f}", f"{rate:,.0f} samples/s")
     sent = [way.traffic for way in plan.ways if way.name == plan.recommended][:1]

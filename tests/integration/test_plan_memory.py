@@ -21,13 +21,9 @@ MODEL = ModelConfig(
 )  # 27 million parameters
 # ZeRO stage, ranks, micro-batch, accumulation, activation checkpointing. Weights, gradients and activations all count.
 CASES = [
-    (1, 1, 2, 1, False),
-    (2, 1, 4, 1, True),
-    (3, 1, 2, 1, False),
-    (1, 2, 2, 1, False),
-    (2, 2, 3, 2, False),
-    (3, 2, 2, 1, False),
-]
+    (1, 1, 2, 1, False), (2, 1, 4, 1, True), (3, 1, 2, 1, False),
+    (1, 2, 2, 1, False), (2, 2, 3, 2, False), (3, 2, 2, 1, False),
+]  # fmt: skip
 
 
 def recipe_of(checkpointing: bool) -> Recipe:
@@ -68,7 +64,9 @@ def test_the_peak_of_a_real_run_is_within_15_percent_of_the_plans(number: int, m
     stage, ranks, micro_batch, accumulation, checkpointing = CASES[number]
     arrangement = Arrangement.of(config_of(stage, micro_batch, accumulation))
     planned = memory(recipe_of(checkpointing), arrangement, ranks, CAPTION, processor=True)
-    assert planned.peak == pytest.approx(measured[number]["peak"], rel=0.15), planned.moments
+    peak = measured[number]["peak"]
+    print(f"measured {peak / 1e6:.0f} MB, planned {planned.peak / 1e6:.0f} MB, {planned.peak / peak - 1:+.1%}")
+    assert planned.peak == pytest.approx(peak, rel=0.15), planned.moments
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -77,4 +75,6 @@ def test_a_checkpoint_is_as_large_as_planned(stage: int, measured: list[dict[str
     recipe = recipe_of(False)
     assert sum(parameters(recipe).values()) > 20e6
     planned = checkpoint_bytes(recipe, stage, item=4)
-    assert planned == pytest.approx(measured[number]["checkpoint"], rel=0.02)
+    size = measured[number]["checkpoint"]
+    print(f"measured {size / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB")
+    assert planned == pytest.approx(size, rel=0.02)
