@@ -21,7 +21,7 @@ MODEL = ModelConfig(
 )  # 27 million parameters
 # ZeRO stage, ranks, micro-batch, accumulation, activation checkpointing. Weights, gradients and activations all count.
 CASES = [
-    (1, 1, 2, 1, False), (2, 1, 4, 1, True), (3, 1, 2, 1, False),
+    (1, 1, 2, 1, False), (2, 1, 10, 1, True), (3, 1, 2, 1, False),
     (1, 2, 2, 1, False), (2, 2, 3, 2, False), (3, 2, 2, 1, False),
 ]  # fmt: skip
 
