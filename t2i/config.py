@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from t2i.text_encoder import TextEncoderConfig
-from t2i.wavefronts import check_grid
+from t2i.grid import check_grid
+from t2i.text_encoder_config import TextEncoderConfig
 
 Config = TypeVar("Config")
 _STRICT = ConfigDict(extra="forbid")
@@ -236,6 +236,9 @@ class TrainConfig:
     of all ranks are written and the job ends; four times as many before the first step. 0 waits for ever."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
+    peak_tflops: float | None = None
+    """Peak of a rank's device in TFLOP/s, of which reports give the share that the model makes use of ("mfu"). When not given,
+    that of the GPU's data sheet; where there is none, what a large product is measured to reach at the start."""
     wandb_project: str = "nar-t2i"
     """Project of the run at wandb."""
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
@@ -252,6 +255,8 @@ class TrainConfig:
                 f"TrainConfig: watchdog_seconds is {self.watchdog_seconds}, and ranks tell of their steps once a second; "
                 "use 3 or more, or 0 to wait for ever"
             )
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"TrainConfig: peak_tflops is {self.peak_tflops}; it must be above 0, or left out")
         if self.lr_schedule == "cosine" and self.decay_steps:
             raise ValueError(
                 f"TrainConfig: decay_steps is {self.decay_steps}, which is for lr_schedule 'constant'; leave it 0 with a cosine"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from t2i.config import Recipe
+from t2i.costs import training_flops_per_sample
 from t2i.layers import RMSNorm
 from t2i.model import NAR
 from t2i.text_encoder import TextEncoder, pad_left
@@ -94,3 +95,8 @@ def condition_tensors(
             "--text-encoder"
         )
     return pad_left(batch["states"], recipe.model.max_condition)
+
+
+def training_flops(recipe: Recipe, tokens: Tensor, condition: Tensor, condition_mask: Tensor | None) -> int:
+    """The model's FLOPs, forward and backward, of a micro-batch as `TrainingModel.forward` takes it, padding included."""
+    return len(tokens) * training_flops_per_sample(recipe, condition.shape[1] if condition.dim() > 1 else 0)

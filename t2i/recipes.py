@@ -10,7 +10,7 @@ from pathlib import Path
 from data_pipeline.clips import CLASSES, DIRECTIONS, clip_class
 from data_pipeline.shapes import SHAPES
 from t2i.config import DataConfig, ModelConfig, Recipe, SampleConfig, TrainConfig, from_json
-from t2i.text_encoder import TextEncoderConfig
+from t2i.text_encoder_config import TextEncoderConfig
 
 SHAPES_PROMPTS = (
     "a photo of a circle",

@@ -33,10 +33,10 @@ from t2i.errors import RunError
 from t2i.health import Health
 from t2i.inspection import Inspection, Judge
 from t2i.metrics import MetricsLog
-from t2i.objective import TrainingModel, build_model, condition_tensors, parameter_groups
+from t2i.objective import TrainingModel, build_model, condition_tensors, parameter_groups, training_flops
 from t2i.optimizer import lr_at, make_optimizer
 from t2i.rank_log import Progress
-from t2i.reports import Window, peak_memory
+from t2i.reports import Window, device_peak, peak_memory
 from t2i.run_checks import check_data, check_resumable, inputs_of, vocabulary_of
 from t2i.text_encoder import TextEncoder
 from t2i.vq import load_vq
@@ -108,6 +108,8 @@ class Trainer:
         if recipe.data.unreadable == "replace":
             self._samples = TolerantSet(self.shards, self.order.last, self._report_unreadable)
         self.signalled = False
+        self.engine.barrier()  # ranks of one processor measure its peak while the others do
+        self.peak_flops = device_peak(runtime.device, self.engine.dtype, train.peak_tflops)
 
     def _start_weights(self) -> dict[str, Tensor] | None:
         """Weights that a new run starts from, where it is to start from others' (`train.init_from`)."""
@@ -186,7 +188,10 @@ class Trainer:
                 loss = total / self.runtime.ranks
                 self._judge(health, step, loss, losses_A)
                 self._saved(log, step, self.saver.advance(busy > 0, failed > 0))
-                window.add(None if self.engine.skipped else loss)
+                window.add(
+                    None if self.engine.skipped else loss,
+                    sum(training_flops(recipe, *batch) for batch in micro_batches),
+                )
                 if step % train.log_every == 0 or step == train.steps:
                     row = self._report(window, step, self.saver.lost_seconds / (time.perf_counter() - begun))
                     log.write(row)
@@ -283,6 +288,7 @@ class Trainer:
             "lr": lr_at(self.recipe.train, step - 1),
             "samples_per_s": samples_per_s,
             "tokens_per_s": samples_per_s * math.prod(self.recipe.model.grid),
+            "mfu": window.flops / seconds / self.peak_flops,
             "data_wait_share": waited / seconds,
             "save_share": save_share,
             "memory_gib": self.engine.most(peak_memory(self.runtime.device)),

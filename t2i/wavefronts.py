@@ -14,13 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Grid = tuple[int, ...]
-
-
-def check_grid(grid: Grid) -> None:
-    """Raise ValueError unless the grid has one to three axes of at least one position each."""
-    if not 1 <= len(grid) <= 3 or min(grid) < 1:
-        raise ValueError(f"grid {grid} has to have one to three axes, each at least 1; an image is (rows, columns)")
+from t2i.grid import Grid, check_grid
 
 
 @cache

@@ -81,7 +81,9 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def results(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run without what depends on the clock."""
-    clock = {"samples_per_s", "tokens_per_s", "data_wait_share", "save_share", "memory_gib", "seconds_left"}
+    clock = {
+        "samples_per_s", "tokens_per_s", "mfu", "data_wait_share", "save_share", "memory_gib", "seconds_left",
+    }  # fmt: skip
     return [{key: value for key, value in row.items() if key not in clock} for row in rows(run_dir)]
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "tokenizer": "train",
     "tokenizer train": "--unquantized-steps",
     "encode": "--image-size",
+    "plan": "--gpus-per-node",
     "export": "--step",
     "convert": "--n-kv-head",
     "sample": "--guidance-scale",
@@ -64,7 +65,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("data", "tokenizer", "encode", "export", "convert", "sample", "bench", "geneval"):
+    for command in ("data", "tokenizer", "encode", "plan", "export", "convert", "sample", "bench", "geneval"):
         assert command in done.stdout
 
 

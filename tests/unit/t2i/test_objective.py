@@ -8,8 +8,9 @@ import torch
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import collate_codes
 from t2i.config import Recipe
-from t2i.objective import build_model, condition_tensors, parameter_groups
-from t2i.recipes import shapes_tiny
+from t2i.costs import training_flops_per_sample
+from t2i.objective import build_model, condition_tensors, parameter_groups, training_flops
+from t2i.recipes import nar_xl_256, shapes_classes, shapes_tiny
 from t2i.text_encoder import train_sentencepiece
 
 
@@ -100,3 +101,11 @@ def test_shards_without_what_the_recipe_needs_are_refused(recipe: Recipe, batch:
     stored = replace(recipe, text_encoder=None, frozen_text_encoder="somewhere")
     with pytest.raises(ValueError, match="encode it with --text-encoder"):
         condition_tensors(batch, stored, None)
+
+
+def test_flops_of_a_micro_batch_are_those_of_its_samples() -> None:
+    recipe = nar_xl_256()
+    tokens, mask = torch.zeros(3, 16, 16, dtype=torch.int64), torch.ones(3, 17, dtype=torch.bool)
+    expected = 3 * training_flops_per_sample(recipe, 17)
+    assert training_flops(recipe, tokens, torch.zeros(3, 17, 2048), mask) == expected
+    assert training_flops(shapes_classes(), tokens[:, :8, :8], torch.zeros(3, dtype=torch.int64), None) > 0
