@@ -33,8 +33,3 @@ class Places:
         """Suffix, offset in the tar and size (bytes) of each member that one sample has."""
         offsets, sizes = self._offsets_NM[row].tolist(), self._sizes_NM[row].tolist()
         return [place for place in zip(self.suffixes, offsets, sizes, strict=True) if place[1] >= 0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that keys and positions take."""
-        return len(self._keys) + self._key_ends_N.nbytes + self._offsets_NM.nbytes + self._sizes_NM.nbytes
