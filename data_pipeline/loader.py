@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from data_pipeline.shard_set import EncodedSample, RawSample, ShardSet
+from data_pipeline.tolerant import TolerantSet
 
 _ROUNDS: Final = 12
 _MIN_BITS: Final = 4
@@ -186,7 +187,7 @@ class BatchLoader(Generic[Collated]):
 
     def __init__(
         self,
-        shard_set: ShardSet,
+        shard_set: ShardSet | TolerantSet,
         order: LaneOrder,
         batch: int,
         rank: int,

@@ -13,13 +13,17 @@ A folder without `checkpoint.json` is what an interrupted save left behind; the 
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.atomic import write_bytes
+from t2i.checkpoint_writer import CheckpointWriter, check_space
 from t2i.config import Recipe, from_json
 from t2i.engine import Engine
+from t2i.zero_shards import SavedStates
 
 MARKER = "checkpoint.json"
 RECIPE = "recipe.json"
@@ -58,6 +62,10 @@ class Checkpoint:
         """The recipe that the run had when it was saved."""
         return from_json(Recipe, (self.folder / RECIPE).read_bytes(), self.folder / RECIPE)
 
+    def states(self) -> SavedStates:
+        """Weights and optimizer state."""
+        return SavedStates(self.folder, self.info.ranks)
+
     def vocabulary(self) -> bytes | None:
         """The sentencepiece model of the text encoder, None where none is trained. Raises ValueError where it is gone."""
         if self.recipe().text_encoder is None:
@@ -89,58 +97,134 @@ def newest(run_dir: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def save(
-    engine: Engine,
-    run_dir: Path,
-    step: int,
-    inputs: Inputs,
-    files: Mapping[str, bytes],
-    *,
-    keep_last: int,
-    averaged: bool,
-) -> Path:
-    """Write a checkpoint on all ranks, with `files` beside the shards, then remove all but the last `keep_last` whole ones."""
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    if engine.runtime.is_first:
-        for other in (run_dir / "checkpoints").glob("step-*"):
-            if not (other / MARKER).exists():
-                shutil.rmtree(other)  # left by a save that was cut off; a tag is never written into twice
-    engine.barrier()
-    # The empty entry lets stages 1 and 2 be converted for another number of ranks later.
-    state = {"step": step, "universal_checkpoint_info": {}}
-    engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
-    engine.barrier()
-    if engine.runtime.is_first:
-        for name, data in files.items():
+class Saver:
+    """Writes the checkpoints of a run, on all ranks, while its steps go on.
+
+    `begin` copies the state to memory and returns; the files are written by a thread on each rank. Once all ranks have
+    written theirs, which they tell each other after every step (`advance`), the first one's thread adds the metadata and
+    removes old checkpoints. `lost_seconds` is how long the steps stood still.
+    """
+
+    def __init__(
+        self, engine: Engine, run_dir: Path, inputs: Inputs, files: Mapping[str, bytes], *,
+        keep_last: int, keep_every: int, averaged: bool, background: bool, resumed_from: Path | None,
+    ) -> None:  # fmt: skip
+        """`files` lie beside the shards. Of the whole checkpoints the last `keep_last` stay, and those of every
+        `keep_every` steps (0: none), and the one that this process has gone on from."""
+        self.engine, self.run_dir, self.inputs, self.files = engine, run_dir, inputs, files
+        self.keep_last, self.keep_every, self.averaged, self.resumed_from = (
+            keep_last,
+            keep_every,
+            averaged,
+            resumed_from,
+        )
+        self.writer = CheckpointWriter(background)
+        engine.write_with(self.writer)
+        self.lost_seconds = 0.0
+        self.saved: int | None = None
+        """Step of the newest checkpoint of this process that is known to be whole."""
+        self._pending: int | None = None
+        self._marking = False
+
+    def _folder(self, step: int) -> Path:
+        return self.run_dir / "checkpoints" / f"step-{step:08d}"
+
+    def begin(self, step: int) -> str | None:
+        """Start a checkpoint; returns why the one before, or this one, could not be written, on all ranks alike."""
+        problem = self.finish()
+        begun = time.perf_counter()
+        folder = self._folder(step)
+        if problem is None and self.engine.runtime.is_first:
+            try:
+                for other in folder.parent.glob("step-*"):
+                    if not (other / MARKER).exists():
+                        shutil.rmtree(other)  # left by a save that was cut off; a tag is never written into twice
+                folder.mkdir(parents=True)
+                check_space(folder, self.engine.checkpoint_bytes(self.averaged))
+            except OSError as error:
+                problem = str(error)
+        problem = self.engine.first_of(problem)
+        if problem is None:
+            self.engine.deepspeed.save_checkpoint(
+                str(folder.parent), tag=folder.name, client_state={"step": step}, save_latest=False
+            )
+            self._pending = step
+        self.lost_seconds += time.perf_counter() - begun
+        return problem if self.writer.background else problem or self.finish()
+
+    def state(self) -> tuple[bool, bool]:
+        """Whether this rank is still writing, and whether it could not."""
+        return self.writer.busy, self.writer.failed
+
+    def advance(self, busy: bool, failed: bool) -> str | None:
+        """Go on with what has begun, given whether any rank is `busy` or has `failed`; returns why it could not be
+        written. All ranks call it alike, as often as they like."""
+        if self._pending is None or busy:
+            return None
+        if failed:
+            return self._give_up(self._pending)
+        if not self._marking:
+            self._marking = True
+            if self.engine.runtime.is_first:
+                self.writer.submit(partial(self._mark, self._pending))
+            return None
+        self.saved, self._pending, self._marking = self._pending, None, False
+        return None
+
+    def finish(self) -> str | None:
+        """Wait for what has begun until it is whole; returns why it could not be written, on all ranks alike."""
+        begun = time.perf_counter()
+        problem = None
+        while self._pending is not None:
+            self.writer.wait()
+            problem = self.advance(False, self.engine.any_rank(self.writer.failed))
+        self.lost_seconds += time.perf_counter() - begun
+        return problem
+
+    def _give_up(self, step: int) -> str:
+        folder, error = self._folder(step), self.writer.take_error()
+        own = None if error is None else f"rank {self.engine.runtime.rank} could not write {folder}: {error}"
+        problem = self.engine.first_of(own)
+        assert problem is not None, "some rank said that it had failed"
+        if self.engine.runtime.is_first and not (folder / MARKER).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # others need its space
+        self._pending, self._marking = None, False
+        return problem
+
+    def _mark(self, step: int) -> None:
+        """Write the metadata, with which the checkpoint is whole, and remove what is old."""
+        folder, engine = self._folder(step), self.engine
+        for name, data in self.files.items():
             write_bytes(folder / name, data)
-        info = CheckpointInfo(step, engine.runtime.ranks, engine.stage, engine.global_batch, averaged, inputs)
+        info = CheckpointInfo(step, engine.runtime.ranks, engine.stage, engine.global_batch, self.averaged, self.inputs)
         write_bytes(folder / MARKER, json.dumps(asdict(info)).encode())
-        for old in checkpoints(run_dir)[:-keep_last]:
+        for old in checkpoints(self.run_dir)[: -self.keep_last]:
+            if (self.keep_every and old.info.step % self.keep_every == 0) or old.folder == self.resumed_from:
+                continue
             # Unmarked first: a removal that is cut off must not leave half a checkpoint that looks whole.
             (old.folder / MARKER).unlink()
             shutil.rmtree(old.folder)
-    engine.barrier()
-    return folder
 
 
-def resume(engine: Engine, run_dir: Path) -> int:
-    """Load the newest whole checkpoint, if there is one; returns the number of steps done.
+def resume(engine: Engine, run_dir: Path) -> Checkpoint | None:
+    """Load the newest whole checkpoint, if there is one, and return it.
 
-    Raises ValueError where it was written by another number of ranks, another ZeRO stage or with another batch.
+    One of another number of ranks, or another ZeRO stage, is put together and cut anew. Raises ValueError where the global
+    batch is another, since the run would then see other samples.
     """
     found = newest(run_dir)
     if found is None:
-        return 0
-    for what, wrote, here in (
-        ("ranks", found.info.ranks, engine.runtime.ranks),
-        ("ZeRO stage", found.info.stage, engine.stage),
-        ("global batch", found.info.global_batch, engine.global_batch),
-    ):
-        if wrote != here:
-            raise ValueError(
-                f"{found.folder} was written with {what} {wrote} and this run has {here}; start it with {wrote}, or choose "
-                "another --run-dir"
-            )
-    loaded, state = engine.deepspeed.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
-    assert loaded is not None, f"{found.folder} is marked whole and does not load"
-    return int(state["step"])
+        return None
+    info, ranks = found.info, engine.runtime.ranks
+    if info.global_batch != engine.global_batch:
+        raise ValueError(
+            f"{found.folder} was written with global batch {info.global_batch} and this run has {engine.global_batch} "
+            f"({ranks} ranks x micro-batch {engine.micro_batch} x accumulation {engine.accumulation}); set "
+            f"train_micro_batch_size_per_gpu and gradient_accumulation_steps to make {info.global_batch}, or choose another "
+            "--run-dir"
+        )
+    if (info.ranks, info.stage) == (ranks, engine.stage):
+        engine.load(found.folder)
+    else:
+        engine.restore(found.states(), info.step)
+    return found

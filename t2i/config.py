@@ -160,6 +160,9 @@ class DataConfig:
     """Parts of the set that are read side by side; a multiple of the number of ranks, and a divisor of the batch."""
     workers: int = 2
     """Reader threads a rank."""
+    unreadable: Literal["error", "replace"] = "error"
+    """What to do about a sample that cannot be read, though the index has it: end the run, or train on the next one that
+    can be read in its place, on whatever rank it is met, and count it."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "validation")
@@ -176,8 +179,12 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     lr: float = 1e-4
     """Highest learning rate, reached after the warm-up."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a cosine over all steps, or constant until the last `decay_steps`, in which it falls linearly."""
+    decay_steps: int = 0
+    """Last steps of the constant schedule, in which the learning rate falls to `min_lr`; 0 keeps it to the end."""
     min_lr: float = 0.0
-    """Learning rate of the last step, at the end of a cosine."""
+    """Learning rate at the end."""
     warmup_steps: int = 100
     """Steps in which the learning rate rises linearly."""
     beta1: float = 0.9
@@ -201,10 +208,29 @@ class TrainConfig:
     """Steps between sample grids; 0 writes none."""
     sample_prompts: tuple[str, ...] = ()
     """Captions (or class numbers) of the sample grid."""
+    judge_every: int = 0
+    """Steps between GenEval-shapes scores of pictures by the model, by the judge of the embedded data; 0 never asks it."""
+    judge_prompts: int = 10
+    """Prompts of each task that such a score is from, at most; a picture each."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept for good; 0 keeps none but the newest."""
+    background_save: bool = True
+    """Write checkpoints while training goes on, which stands still only while they are copied to the processor's memory;
+    needs room there for the copy."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """Whether a checkpoint that cannot be written, for want of space for example, ends the run or is only reported."""
+    max_bad_steps: int = 10
+    """So many steps in a row whose loss or gradients are no finite numbers end the run; each is left out."""
+    spike_deviations: float = 8.0
+    """A loss so many standard deviations above the mean of the last 100 steps is reported with its samples; 0 reports none."""
+    init_from: str | None = None
+    """Export or run folder whose weights a new run starts from, as the 512-pixel stage does from the 256-pixel one."""
+    compile: bool = False
+    """Compile the model (torch.compile), which takes half a minute at the start. Checkpoints do not depend on it."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     wandb_project: str = "nar-t2i"
@@ -213,8 +239,15 @@ class TrainConfig:
     """"auto" logs online when WANDB_API_KEY is set and offline otherwise."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "log_every", "validate_every", "save_every", "keep_last")
-        _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every")
+        _at_least(self, 1, "steps", "log_every", "validate_every", "save_every", "keep_last", "max_bad_steps")
+        _at_least(self, 1, "judge_prompts")
+        _at_least(self, 0, "judge_every")
+        _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every", "keep_every", "decay_steps")
+        _at_least(self, 0, "spike_deviations")
+        if self.lr_schedule == "cosine" and self.decay_steps:
+            raise ValueError(
+                f"TrainConfig: decay_steps is {self.decay_steps}, which is for lr_schedule 'constant'; leave it 0 with a cosine"
+            )
         _share(self, "beta1", "beta2", "ema_decay")
         if self.lr <= 0 or self.min_lr > self.lr:
             raise ValueError(f"TrainConfig: lr is {self.lr} and min_lr {self.min_lr}; use 0 <= min_lr <= lr, lr > 0")
@@ -275,6 +308,11 @@ class Recipe:
         if self.model.condition == "text" and encoders != 1:
             raise ValueError(
                 f"recipe {self.name}: a text model needs one of text_encoder and frozen_text_encoder, and {encoders} are set"
+            )
+        if self.train.judge_every and (self.model.condition != "text" or len(self.model.grid) != 2):
+            raise ValueError(
+                f"recipe {self.name}: train.judge_every is {self.train.judge_every}, and the judge looks at pictures of "
+                "captions only; set it to 0"
             )
         if self.text_encoder is not None:
             if self.text_encoder.dim != self.model.condition_dim:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from t2i.threads import cores_per_rank
+from t2i.zero_shards import SavedStates, restore
 
 _FIELDS = (
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "zero_optimization", "bf16", "fp16",
@@ -141,7 +142,11 @@ class Engine:
         make_model: Callable[[], nn.Module],
         config: dict[str, Any],
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        start: Mapping[str, Tensor] | None = None,
+        compiled: bool = False,
     ) -> None:
+        """`start`: weights that parameters start from, by name (at stage 3 only the first rank's are looked at);
+        `compiled`: run the model through torch.compile."""
         self.runtime = runtime
         self.stage = int(config["zero_optimization"]["stage"])
         self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
@@ -150,6 +155,10 @@ class Engine:
         # Under ZeRO-3 no rank ever holds the whole model.
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.stage == 3):
             model = make_model()
+        for name, parameter in model.named_parameters() if start else ():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                if start and name in start and (self.stage < 3 or runtime.is_first):
+                    parameter.data.copy_(start[name])
         self.n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -158,6 +167,10 @@ class Engine:
             config={"zero_allow_untested_optimizer": True, "steps_per_print": 10**9, **config},
         )
         self.dtype = next(self.deepspeed.module.parameters()).dtype
+        # A script for joining the weights goes with every checkpoint otherwise; `t2i export` joins them.
+        self.deepspeed._copy_recovery_script = lambda _: None
+        if compiled:
+            self.deepspeed.compile()
 
     @property
     def module(self) -> Any:
@@ -172,19 +185,21 @@ class Engine:
         return tensor.to(self.runtime.device, dtype, non_blocking=True)
 
     def step(self, micro_batches: Sequence[tuple[Tensor | None, ...]], lr: float) -> Tensor:
-        """One optimizer step over `accumulation` micro-batches; returns their mean loss on this rank (nats), a scalar on
-        its device, so that nothing waits for it."""
+        """One optimizer step over `accumulation` micro-batches; returns their losses on this rank (nats), float32
+        [accumulation] on its device. See `skipped`."""
         assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=self.runtime.device)
+        losses = []
         self.deepspeed.train()
         for inputs in micro_batches:
             loss = self.deepspeed(*(self.to_device(tensor) for tensor in inputs))
-            self.deepspeed.backward(loss)
+            # Times 1, or not a number where the loss is none: so are then all gradients, on all ranks, and DeepSpeed
+            # leaves this step out.
+            self.deepspeed.backward(loss * (loss.detach() * 0 + 1))
             self.deepspeed.step()
-            total += loss.detach().float()
-        return total / self.accumulation
+            losses.append(loss.detach().float())
+        return torch.stack(losses)
 
     @torch.no_grad()
     def evaluate(self, inputs: tuple[Tensor | None, ...]) -> float:
@@ -193,6 +208,16 @@ class Engine:
         loss = float(self.deepspeed(*(self.to_device(tensor) for tensor in inputs)))
         self.deepspeed.train()
         return loss
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was left out, since its loss or gradients were no finite numbers; alike on all ranks."""
+        return bool(self.deepspeed.optimizer.overflow)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out since the run began."""
+        return int(self.deepspeed.skipped_steps)
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient, before clipping."""
@@ -205,6 +230,22 @@ class Engine:
         dist.all_reduce(total)
         return total.tolist()
 
+    def most(self, value: float) -> float:
+        """The largest of a number over all ranks."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.runtime.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, in the order of the ranks, on all of them."""
+        every: list[Any] = [None] * self.runtime.ranks
+        dist.all_gather_object(every, value)
+        return every
+
+    def first_of(self, value: str | None) -> str | None:
+        """The first text that is not None, in the order of the ranks, on all of them."""
+        return next((value for value in self.gather(value) if value is not None), None)
+
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return self.sum_over_ranks([float(flag)])[0] > 0
@@ -212,6 +253,28 @@ class Engine:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()
+
+    # Checkpoints
+
+    def write_with(self, writer: Any) -> None:
+        """Have checkpoints written by this "checkpoint engine" of DeepSpeed's kind."""
+        self.deepspeed.checkpoint_engine = writer
+
+    def checkpoint_bytes(self, averaged: bool) -> int:
+        """About how large a checkpoint is: weights as they are trained; in fp32 weights, two moments, perhaps an average."""
+        return self.n_parameters * (self.dtype.itemsize + 4 * (4 if averaged else 3))
+
+    def load(self, folder: Path) -> None:
+        """Load a checkpoint of as many ranks and the same stage."""
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        assert loaded is not None, f"{folder} is marked whole and does not load"
+
+    def restore(self, saved: SavedStates, step: int) -> None:
+        """Go on from a checkpoint of any number of ranks and any stage."""
+        restore(self.deepspeed, self.runtime.rank, saved)
+        self.deepspeed.global_steps = step
+        self.deepspeed.global_samples = step * self.global_batch
+        self.barrier()
 
     def weights_on_first(self) -> dict[str, Tensor] | None:
         """A copy of all weights in the memory of the first rank's processor, None elsewhere; every rank has to call it."""

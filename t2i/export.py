@@ -6,15 +6,9 @@ Merges the shards of a ZeRO 1, 2 or 3 checkpoint to fp32 and writes them with ev
 `t2i.pipeline`. Where the run kept a moving average of its weights, that is what is exported. One process, no GPU.
 """
 
-import contextlib
-import importlib
-import io
-import logging
-import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from t2i import checkpoint
@@ -88,47 +82,4 @@ def export(
 
 def merged_weights(chosen: Checkpoint, averaged: bool = False) -> dict[str, Tensor]:
     """fp32 weights of a checkpoint, or their moving average, ZeRO shards joined."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # it prints a line for each shard
-        folder = chosen.folder
-        if averaged:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / folder.name
-            _average_in_place_of_weights(chosen.folder, folder)
-        return {
-            name: tensor.detach().clone()
-            for name, tensor in get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name).items()
-        }
-
-
-def _average_in_place_of_weights(source: Path, target: Path) -> None:
-    """A checkpoint whose master weights are the averages of `source`'s, for DeepSpeed to merge, which knows weights only."""
-    target.mkdir()
-    for path in source.glob("*_model_states.pt"):
-        (target / path.name).symlink_to(path.resolve())
-    for path in source.glob("*_optim_states.pt"):
-        saved = _load(path)["optimizer_state_dict"]
-        three = "fp32_flat_groups" in saved
-        weights = saved["fp32_flat_groups" if three else "single_partition_of_fp32_groups"]
-        states = saved["optimizer_state_dict" if three else "base_optimizer_state"]["state"]
-        assert len(states) == len(weights), (path, len(states), len(weights))
-        # The last rank's share is padded in the optimizer's state and not in the saved weights.
-        averages = [states[n][AVERAGE][: weight.numel()] for n, weight in enumerate(weights)]
-        for average, weight in zip(averages, weights, strict=True):
-            assert average.shape == weight.shape, (path, average.shape, weight.shape)
-        names = ("zero_stage", "partition_count", "param_alignment_paddings")
-        kept = {name: saved[name] for name in names if name in saved}
-        kept["fp32_flat_groups" if three else "single_partition_of_fp32_groups"] = averages
-        torch.save({"optimizer_state_dict": kept}, target / path.name)
-
-
-def _load(path: Path) -> Any:
-    """What DeepSpeed saved, with no objects in it but tensors, plain values and DeepSpeed's own."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    assert all(name.startswith("deepspeed.") for name in names), f"{path} holds {', '.join(names)}"
-    modules = [name.rpartition(".") for name in names]
-    allowed = [getattr(importlib.import_module(module), name) for module, _, name in modules]
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return chosen.states().state_dict(AVERAGE if averaged else None)

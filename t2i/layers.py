@@ -8,7 +8,7 @@ and I inputs of a linear map.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +172,11 @@ def rotate_(x_BLHE: Tensor, table_LE2: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x_BLHE)
 
 
+Mask = Tensor | Literal["causal"] | None
+"""What may attend to what: bool (True = attends), or numbers that are added to the scores, broadcastable to [B, 1, L, S];
+"causal", for which GPUs have kernels that need no such tensor: each to itself and all before it; None: all to all."""
+
+
 class KVCache:
     """Keys and values of every block, preallocated in the order in which they are written."""
 
@@ -224,7 +229,7 @@ class Attention(nn.Module):
         self,
         x_BLC: Tensor,
         table_LE2: Tensor | None,
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCache | None = None,
         block: int = 0,
     ) -> Tensor:
@@ -233,8 +238,7 @@ class Attention(nn.Module):
         Args:
             x_BLC: Hidden states.
             table_LE2: Rotary table of these positions, or None.
-            mask: bool, True = attends, or numbers that are added to the scores, broadcastable to [B, 1, L, S]; None lets
-                every position attend to all.
+            mask: See `Mask`.
             cache: Where keys and values are kept; `block` is this block's number in it.
         """
         batch, length, _ = x_BLC.shape
@@ -247,7 +251,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+        allowed = None if isinstance(mask, str) else mask
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=isinstance(mask, str), enable_gqa=self.n_head != self.n_kv_head
+        )
         return self.dropout(self.wo(mixed.transpose(1, 2).reshape(batch, length, -1)))
 
 
@@ -279,7 +286,7 @@ class Block(nn.Module):
         self,
         x_BLC: Tensor,
         table_LE2: Tensor | None,
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCache | None = None,
         block: int = 0,
     ) -> Tensor:

@@ -75,14 +75,21 @@ class MetricsLog:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._to_wandb(lambda run: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"]))
+        self._to_wandb(lambda run: self._log(run, {k: v for k, v in row.items() if k != "step"}, row["step"]))
 
     def image(self, step: int, path: Path | None) -> None:
         """Log the sample grid at `path`."""
         if self._wandb is not None and path is not None:
             import wandb
 
-            self._to_wandb(lambda run: run.log({"samples": wandb.Image(str(path))}, step=step))
+            self._to_wandb(lambda run: self._log(run, {"samples": wandb.Image(str(path))}, step))
+
+    @staticmethod
+    def _log(run: Any, values: dict[str, Any], step: int) -> None:
+        """Log values, unless wandb has them: a run that was killed makes its last steps again, with the same results, and
+        wandb's steps only go forward."""
+        if step >= run.step:
+            run.log(values, step=step)
 
     def _to_wandb(self, send: Callable[[Any], None]) -> None:
         """Let wandb do something, if it is used. Whatever ails it must not end the run: it only loses what it shows.

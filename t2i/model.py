@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i.config import ModelConfig
 from t2i.heads import AxisHeads
-from t2i.layers import Block, Embedding, KVCache, Linear, prefix_rotary_table, rotary_table
+from t2i.layers import Block, Embedding, KVCache, Linear, Mask, prefix_rotary_table, rotary_table
 from t2i.wavefronts import attention_mask, head_weights, order, predecessors, rank, wavefront_sizes
 
 
@@ -155,9 +155,7 @@ class NAR(nn.Module):
 
     # Building blocks shared by training and decoding
 
-    def _run(
-        self, x_BLC: Tensor, table_LE2: Tensor | None, mask: Tensor | None, cache: KVCache | None = None
-    ) -> list[Tensor]:
+    def _run(self, x_BLC: Tensor, table_LE2: Tensor | None, mask: Mask, cache: KVCache | None = None) -> list[Tensor]:
         """Hidden states each head reads, one [B, L, C] per axis: the last axis after the trunk, each further axis one
         block later."""
         hidden = []
@@ -212,13 +210,15 @@ class NAR(nn.Module):
         x = torch.cat([prefix_BPC, self._embed(tokens_BN[:, :-1], slice(-1))], dim=1)
         x = self.token_dropout(x)
         fixed = tables(self.config, x.device)
-        allowed = _attention_mask(self.config, length, x.device)
         table = prefix_table(self.config, length, x.device)
         if table is not None and fixed.rotary_NE2 is not None:
             table = torch.cat([table, fixed.rotary_NE2[:-1]])
-        # As numbers, once for all blocks: each would make its own of them, and keep it for the backward pass.
-        added = torch.zeros((), dtype=x.dtype, device=x.device).masked_fill(~self._mask(allowed, real_BP), -torch.inf)
-        hidden = self._run(x, table, added)
+        attends: Mask = "causal"
+        if self.config.order != "raster" or real_BP is not None:
+            # As numbers, once for all blocks: each would make its own of them, and keep it for the backward pass.
+            allowed = self._mask(_attention_mask(self.config, length, x.device), real_BP)
+            attends = torch.zeros((), dtype=x.dtype, device=x.device).masked_fill(~allowed, -torch.inf)
+        hidden = self._run(x, table, attends)
         places_NA = length + fixed.predecessors_NA
         read = [h[:, places_NA[:, a]] for a, h in enumerate(hidden)]
         predicted: Tensor = self.heads(read, fixed.head_weights_NA, targets_BN)
@@ -258,8 +258,11 @@ class NAR(nn.Module):
         batch, length, _ = prefix_BPC.shape
         cache = KVCache(self.config, batch, length, prefix_BPC.device, prefix_BPC.dtype)
         table = prefix_table(self.config, length, prefix_BPC.device)
-        causal = torch.ones(length, length, dtype=torch.bool, device=prefix_BPC.device).tril()
-        hidden = self._run(prefix_BPC, table, self._mask(causal, real_BP), cache)
+        attends: Mask = "causal"
+        if real_BP is not None:
+            lower = torch.ones(length, length, dtype=torch.bool, device=prefix_BPC.device).tril()
+            attends = self._mask(lower, real_BP)
+        hidden = self._run(prefix_BPC, table, attends, cache)
         logits = self.heads([h[:, -1:] for h in hidden], tables(self.config, condition.device).head_weights_NA[:1])
         return logits, cache, prefix_BPC.new_ones(batch, length, dtype=torch.bool) if real_BP is None else real_BP
 

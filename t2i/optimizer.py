@@ -1,9 +1,11 @@
-"""The optimizer: AdamW, with a moving average of the weights beside the moments where a run asks for one.
+"""The optimizer: AdamW, with a moving average of the weights beside the moments where a run asks for one, and its learning
+rate at each step.
 
 ZeRO lets an optimizer step over this rank's flat fp32 share of the parameters. An average kept in the optimizer's own
 state therefore is sharded, saved and resumed exactly as the moments are, at every stage, and no rank ever holds all of it.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,3 +51,14 @@ def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.op
     if train.ema_decay:
         return AveragingAdamW(groups, train.ema_decay, **options)
     return torch.optim.AdamW(groups, **options)
+
+
+def lr_at(train: TrainConfig, step: int) -> float:
+    """Learning rate of a step (0-based): linear warm-up, then by `train.lr_schedule` to `min_lr` at the last step."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.lr_schedule == "cosine":
+        progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+        return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    left = min(1.0, max(0, train.steps - step) / max(1, train.decay_steps))
+    return train.min_lr + (train.lr - train.min_lr) * left

@@ -96,10 +96,7 @@ def nar_xl_256() -> Recipe:
 
 
 def nar_xl_512() -> Recipe:
-    """The data and schedule of the paper's second stage: 2M pairs at 512x512, 40 epochs of batch 512.
-
-    The paper starts it from the weights of the first stage, which no option does yet: it starts from scratch.
-    """
+    """The paper's second stage: 2M pairs at 512x512, 40 epochs of batch 512, from the weights of the first stage."""
     first = nar_xl_256()
     return replace(
         first,
@@ -107,7 +104,7 @@ def nar_xl_512() -> Recipe:
         model=replace(first.model, grid=(32, 32)),
         image_size=512,
         data=replace(first.data, path=Path("data/encoded-512")),
-        train=replace(first.train, steps=156_250),
+        train=replace(first.train, steps=156_250, init_from=str(first.run_dir)),
         run_dir=Path("runs/nar-xl-512"),
     )
 

@@ -29,6 +29,7 @@ def main() -> int:
     import tyro
 
     from t2i.config import Recipe
+    from t2i.errors import RunError
     from t2i.recipes import RECIPES, find_recipe
 
     usage = f"usage: deepspeed t2i/train.py RECIPE --deepspeed_config FILE [--FIELD VALUE ...]\nrecipes: {', '.join(RECIPES)}"
@@ -49,12 +50,18 @@ def main() -> int:
 
         deepspeed_config = read_deepspeed_config(known.deepspeed_config)
         runtime = start_runtime()
-        trainer = Trainer(recipe, deepspeed_config, runtime)
+        judge = None
+        if recipe.train.judge_every:
+            from eval.in_training import shapes_judge
+
+            judge = shapes_judge(recipe.train.judge_prompts, recipe.train.seed)
+        trainer = Trainer(recipe, deepspeed_config, runtime, judge)
         started = True
         outcome = trainer.run()
     except (ValueError, OSError) as error:
         # All ranks of a node stumble over the same mistake, before training; later, each over its own samples.
-        if started or os.environ.get("LOCAL_RANK", "0") == "0":
+        alike = not started or isinstance(error, RunError)
+        if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`t2i bench decode`, `train` and `loader`. Handlers import what they need when they run, so that help is quick."""
+"""`t2i bench decode`, `train`, `loader` and `headline`. Handlers import what they need when they run: help is quick."""
 
 from pathlib import Path
 from typing import Literal
@@ -126,6 +126,26 @@ def bench_loader(
         data, samples=samples, shard_samples=shard_samples, grid=grid, states_dim=states_dim, batch=batch, lanes=lanes,
         workers=workers, caches=caches, buffer=shuffle_buffer, simulate=simulate, repeats=repeats, json=json,
     )  # fmt: skip
+
+
+@bench.command(name="headline")
+def bench_headline(
+    out: Path,
+    ways: tuple[str, ...] = ("ZeRO 2, one rank", "ZeRO 3, two ranks"),
+    batch: int = 1,
+    json: bool = False,
+) -> None:
+    """Train, save, resume, export and sample NAR-XL with random weights here: memory and time. Half an hour, 50 GB of disk.
+
+    Args:
+        out: Folder for all of it, given again to go on with the same data.
+        ways: Arrangements of ranks and ZeRO stage.
+        batch: Pictures of a rank's micro-batch.
+        json: Print JSON in place of the table.
+    """
+    from t2i.bench.headline import bench_headline
+
+    bench_headline(out, ways, batch=batch, json_output=json)
 
 
 def _use_threads(threads: int | None) -> None:

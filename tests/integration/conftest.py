@@ -32,14 +32,16 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes
 
 
-def execute(command: Sequence[str | Path], **changes: str) -> subprocess.CompletedProcess[str]:
+def execute(
+    command: Sequence[str | Path], timeout: float = TIMEOUT, **changes: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a process group of its own, which does not outlive it or the timeout."""
     process = subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, env=environment(**changes), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -79,12 +81,44 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def results(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run without what depends on the clock."""
-    clock = {"samples_per_s", "tokens_per_s", "data_wait_share", "seconds_left"}
+    clock = {"samples_per_s", "tokens_per_s", "data_wait_share", "save_share", "memory_gib", "seconds_left"}
     return [{key: value for key, value in row.items() if key not in clock} for row in rows(run_dir)]
 
 
 def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in rows(run_dir) if "loss" in row]
+
+
+def forked(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Execute runs one after the other, each forked from one process that has imported everything."""
+    scenario = folder / "scenario.json"
+    scenario.write_text(json.dumps(runs))
+    done = execute([sys.executable, "-m", "tests.integration.forked", scenario], timeout=900)
+    log = scenario.with_suffix(".log")
+    assert done.returncode == 0, done.stderr + (log.read_text()[-4000:] if log.exists() else "")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]
+
+
+Entry = Callable[..., dict[str, Any]]
+"""entry(run_dir, stage, ranks, options..., what is to happen) -> a run of a scenario; the global batch stays the same."""
+
+
+def entries(recipe: Recipe, folder: Path) -> Entry:
+    """Makes runs of a recipe for `forked`."""
+    (folder / "recipe.json").write_text(to_json(recipe))
+
+    def entry(run_dir: Path, stage: int = 2, ranks: int = 2, *options: str, **more: Any) -> dict[str, Any]:
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 100} if stage == 3 else {})
+        config = {
+            "train_micro_batch_size_per_gpu": 8 // ranks, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+            "zero_optimization": zero,
+        }  # fmt: skip
+        path = folder / f"zero{stage}-{ranks}.json"
+        path.write_text(json.dumps(config))
+        arguments = [str(folder / "recipe.json"), "--deepspeed_config", str(path), "--run-dir", str(run_dir), *options]
+        return {"ranks": ranks, "arguments": arguments, "run_dir": str(run_dir), **more}
+
+    return entry
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +147,7 @@ def small_recipe(data: Path) -> Recipe:
         data=DataConfig(path=data, lanes=8, validation=VALIDATION, workers=1),
         train=TrainConfig(
             steps=STEPS, seed=1, lr=5e-3, warmup_steps=2, ema_decay=0.5,
-            log_every=1, validate_every=4, sample_every=4, save_every=4, keep_last=5,
+            log_every=1, validate_every=4, sample_every=4, judge_every=8, judge_prompts=1, save_every=4, keep_last=5,
             sample_prompts=("a photo of a red circle", "a photo of two stars"), wandb="disabled",
         ),
     )  # fmt: skip

@@ -34,7 +34,13 @@ def test_classes_in_bf16_under_zero_3(data: Path, tmp_path: Path) -> None:
         model=replace(small.model, condition="class", num_classes=8, condition_dropout=0.0),
         text_encoder=None,
         train=replace(
-            small.train, steps=2, sample_prompts=("0", "7"), sample_every=2, save_every=1, head_init="codebook"
+            small.train,
+            steps=2,
+            judge_every=0,
+            sample_prompts=("0", "7"),
+            sample_every=2,
+            save_every=1,
+            head_init="codebook",
         ),
         run_dir=tmp_path / "run",
     )

@@ -141,10 +141,12 @@ def test_mistakes_are_one_line_and_exit_code_2(
         return done.stderr.strip().splitlines()[-1]
 
     config = ("--deepspeed_config", deepspeed_config(2))
-    # A checkpoint of two ranks, and one process.
+    # A checkpoint of two ranks, and one process with the same micro-batch.
     error = alone(recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", trained(2))
     assert error.startswith("error: ")
-    assert "was written with ranks 2 and this run has 1; start it with 2" in error
+    assert (
+        "was written with global batch 16 and this run has 8 (1 ranks x micro-batch 4 x accumulation 2); set" in error
+    )
     # A global batch that the lanes do not divide.
     error = alone(recipe_file, *config, "--run-dir", tmp_path, "--data.lanes", "24")
     assert error == "error: global batch 8 is not divisible by 24 lanes; nearest: 24"

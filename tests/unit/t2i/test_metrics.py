@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -98,3 +99,12 @@ def test_a_run_outlives_its_wandb(
             log.write({"step": step, "loss": 1.0})
     assert steps(tmp_path) == list(range(1, 200))
     assert capsys.readouterr().err.count("wandb has failed") == 1
+
+
+def test_wandb_is_not_sent_back_in_steps() -> None:
+    """A run that was killed at step 7 makes steps 5 to 7 again."""
+    logged: list[int] = []
+    run = SimpleNamespace(step=8, log=lambda values, step: logged.append(step))
+    for step in (5, 6, 7, 8, 8, 9):
+        MetricsLog._log(run, {"loss": 1.0}, step)
+    assert logged == [8, 8, 9]

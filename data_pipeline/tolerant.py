@@ -1,0 +1,47 @@
+"""Samples in the place of those that cannot be read, for runs that must not end because of one of them."""
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from data_pipeline.shard_set import EncodedSample, RawSample, ShardSet
+
+_TRIES: Final = 1000
+"""Unreadable samples in a row after which the shards are taken for lost."""
+
+
+class TolerantSet:
+    """The samples of a set up to number `last`; in the place of one that cannot be read stands the next one that can.
+
+    Which one depends on the number alone, so every rank, and every number of ranks, trains on the same. `replaced` counts
+    how often it happened; `report` is called with number and error of each sample at its first time, from reader threads.
+    """
+
+    def __init__(self, shards: ShardSet, last: int, report: Callable[[int, ValueError], None]) -> None:
+        self.root, self._shards, self._last, self._report = shards.root, shards, last, report
+        self._lock = threading.Lock()
+        self._known: set[int] = set()
+        self.replaced = 0
+
+    def __len__(self) -> int:
+        return self._last
+
+    def read(self, number: int) -> RawSample | EncodedSample:
+        """Sample `number`, or the next. Raises ValueError where very many in a row cannot be read."""
+        for offset in range(min(_TRIES, self._last)):
+            other = (number + offset) % self._last
+            try:
+                sample = self._shards.read(other)
+            except ValueError as error:
+                with self._lock:
+                    is_new = other not in self._known
+                    self._known.add(other)
+                if is_new:
+                    self._report(other, error)
+                last_error = error
+                continue
+            if offset:
+                with self._lock:
+                    self.replaced += 1
+            return sample
+        raise ValueError(f"{min(_TRIES, self._last)} samples in a row cannot be read, the last one since: {last_error}")

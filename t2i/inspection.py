@@ -1,0 +1,124 @@
+"""Looking at a model in training: its validation loss, and pictures that it draws.
+
+Nothing is changed by it: the model trains on as if nobody had looked.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.index import ShardSet
+from t2i.animation import film_strips
+from t2i.config import Recipe
+from t2i.engine import Engine
+from t2i.objective import TrainingModel
+from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
+from t2i.text_encoder import TextEncoder
+from t2i.vq import VQModel, load_vq
+
+Judge = Callable[[TextToImagePipeline], dict[str, float]]
+"""Scores of the pictures that a pipeline draws, by name."""
+
+
+class Inspection:
+    """Looks at the model of an engine, on all ranks together."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        shards: ShardSet,
+        build: Callable[[], TrainingModel],
+        collate: Callable[[Sequence[Any]], tuple[Tensor | None, ...]],
+    ) -> None:
+        """`build` makes a model like the engine's, and `collate` its inputs from samples."""
+        self._recipe, self._engine, self._shards, self._build, self._collate = recipe, engine, shards, build, collate
+
+    def validation_loss(self) -> float:
+        """Mean loss (nats per token) over the samples kept for validation, without dropout or dropped conditions."""
+        count, size = self._recipe.data.validation, self._engine.micro_batch
+        assert count > 0, "no samples are kept for validation"
+        mine = list(
+            range(len(self._shards) - count + self._engine.runtime.rank, len(self._shards), self._engine.runtime.ranks)
+        )
+        rounds = math.ceil(math.ceil(count / self._engine.runtime.ranks) / size)
+        total = 0.0
+        for start in range(0, rounds * size, size):
+            # Every rank makes the same number of calls; one that has run out repeats a sample, with weight 0.
+            numbers = mine[start : start + size]
+            loss = self._engine.evaluate(
+                (*self._collate([self._shards.read_encoded(i) for i in numbers or [len(self._shards) - 1]]), None)
+            )
+            total += loss * len(numbers)
+        return self._engine.sum_over_ranks([total])[0] / count
+
+    @contextlib.contextmanager
+    def _drawing(self, step: int) -> Iterator[TextToImagePipeline | None]:
+        """The model as a pipeline on the first rank, None elsewhere, where the block's end waits for the first."""
+        weights = self._engine.weights_on_first() if self._engine.stage == 3 else None
+        if not self._engine.runtime.is_first:
+            yield None
+        else:
+            module = self._engine.module
+            if weights is not None:
+                # The model in training would wait for the other ranks to bring their parts, at every layer.
+                module = self._build().to(self._engine.dtype)
+                module.load_state_dict(weights)
+                module.to(self._engine.runtime.device)
+            was_training = module.training
+            yield self.pipeline(module, step)
+            module.train(was_training)
+            if self._frozen_text_encoder is not None:
+                self._frozen_text_encoder.to("cpu")  # read once, and in nobody's way between two times
+        self._engine.barrier()
+
+    def sample_grid(self, step: int) -> Path | None:
+        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere.
+
+        Clips are film strips, one below the other: their frames side by side.
+        """
+        path = None
+        with self._drawing(step) as pipe:
+            if pipe is not None:
+                prompts, seed = self._prompts(), self._recipe.train.seed
+                grid = film_strips(pipe.clips(prompts, seed)) if pipe.draws_clips else picture_grid(pipe(prompts, seed))
+                path = self._recipe.run_dir / "samples" / f"step-{step:08d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grid.save(path)
+        return path
+
+    def judged(self, step: int, judge: Judge) -> dict[str, float]:
+        """What a judge says of the model's pictures, on the first rank; nothing elsewhere."""
+        with self._drawing(step) as pipe:
+            return {} if pipe is None else judge(pipe)
+
+    def _prompts(self) -> list[Any]:
+        """The recipe's prompts, or eight conditions from the end of the set, which is kept for validation."""
+        classes = self._recipe.model.condition == "class"
+        if prompts := self._recipe.train.sample_prompts:
+            return [int(prompt) for prompt in prompts] if classes else list(prompts)
+        samples = [self._shards.read_encoded(i) for i in range(max(0, len(self._shards) - 8), len(self._shards))]
+        return [s.label if classes else s.caption for s in samples]
+
+    @cached_property
+    def _image_tokenizer(self) -> VQModel:
+        return load_vq(self._recipe.tokenizer)
+
+    @cached_property
+    def _frozen_text_encoder(self) -> TextEncoder | None:
+        name = self._recipe.frozen_text_encoder
+        return None if name is None else TextEncoder.from_pretrained(name)
+
+    def pipeline(self, module: TrainingModel, step: int) -> TextToImagePipeline:
+        """The model in training as a pipeline, sharing its weights."""
+        text_encoder = module.text_encoder or self._frozen_text_encoder
+        pipe = TextToImagePipeline(
+            module.nar, self._image_tokenizer, text_encoder, self._recipe.sample, self._recipe.image_size,
+            Provenance(self._recipe.name, step),
+        )  # fmt: skip
+        return pipe.to(self._engine.runtime.device)
