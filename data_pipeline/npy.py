@@ -24,7 +24,12 @@ def _header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     stream = io.BytesIO(header)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("not npy version 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    try:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # numpy reads it as Python source, and lets through what that raises
+        raise ValueError(f"damaged header: {error}") from error
     if fortran_order or dtype.hasobject:
         raise ValueError("Fortran order or objects")
+    if not all(0 <= size < 2**62 for size in shape):  # numpy takes -1 for whatever fits
+        raise ValueError(f"damaged header: shape {shape}")
     return shape, dtype

@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import io
 import json
+import lzma
+import struct
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +23,11 @@ from data_pipeline.atomic import write_bytes
 from data_pipeline.npy import read_npy
 
 FORMAT_VERSION: Final = 1
+_DAMAGED: Final = (
+    OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError,
+    struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+"""What reading a damaged index may raise; zipfile has a RuntimeError for ways to pack that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def load_shard_index(tar: Path) -> ShardIndex | None:
             duplicate_N=arrays["duplicate"],
             reused=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except _DAMAGED:
         return None
 
 
