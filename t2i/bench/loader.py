@@ -7,35 +7,30 @@ in threads, in an order that resumes anywhere; webdataset from the start of each
 torch's DataLoader, with shards and a buffer of samples shuffled.
 """
 
-import gc
+import hashlib
 import statistics
 import tempfile
 import time
-import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import webdataset
-from tqdm import trange
 
 from data_pipeline.index import EncodedSample, ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder, collate_codes
-from data_pipeline.manifest import MANIFEST
-from data_pipeline.shard_index import index_path
 from data_pipeline.shard_set import encoded_sample
-from t2i.bench import page_cache
+from t2i.bench import large_sets, page_cache
+from t2i.bench.large_sets import Cache, files_of
 from t2i.bench.measure import alternate, as_json, environment, report
 from t2i.bench.sets import simulate_set, write_set
 
-Cache = Literal["warm", "cold"]
 Batches = Iterator[dict[str, Any]]
 CPU = torch.device("cpu")
-RESUMED_EPOCH = 3
-"""Simulated runs resume at the last batch of this epoch, the first being 1."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +55,6 @@ class LoaderRow:
     """Samples per second over those of webdataset with as many workers."""
 
 
-@dataclass(frozen=True)
-class IndexRow:
-    """What the index of a set of `samples` samples takes; seconds of each run."""
-
-    samples: int
-    shards: int
-    memory: int
-    """Bytes that an open set holds once every shard was touched."""
-    open_warm: tuple[float, ...]
-    first_batch_warm: tuple[float, ...]
-    """From opening the set to the batch, opening included."""
-    open_cold: tuple[float, ...]
-    first_batch_cold: tuple[float, ...]
-
-
 def ours(root: Path, batch: int, lanes: int, workers: int) -> Batches:
     """One epoch through index and step, in whole batches, read by so many threads."""
     shards = ShardSet(root)
@@ -96,6 +76,21 @@ def _decoded(sample: dict[str, Any]) -> EncodedSample:
     return encoded_sample(sample["__key__"], sample)
 
 
+def contents(batches: Batches) -> Counter[bytes]:
+    """How often each sample came, by a digest of its codes, caption, class and text states."""
+    found: Counter[bytes] = Counter()
+    for joined in batches:
+        codes, labels, states = joined["codes"].numpy(), joined["labels"], joined["states"]
+        for n, caption in enumerate(joined["captions"]):
+            label = None if labels is None else int(labels[n])
+            shape = None if states is None else tuple(states[n].shape)
+            digest = hashlib.blake2b(repr((caption, label, codes[n].shape, shape)).encode(), digest_size=16)
+            digest.update(codes[n].tobytes())
+            digest.update(b"" if states is None else states[n].view(torch.int16).numpy().tobytes())
+            found[digest.digest()] += 1
+    return found
+
+
 def bench_loader(
     data: Path | None,
     *,
@@ -111,7 +106,7 @@ def bench_loader(
     simulate: Sequence[float],
     repeats: int,
     json: bool,
-) -> tuple[list[LoaderRow], list[IndexRow]]:
+) -> tuple[list[LoaderRow], list[large_sets.IndexRow]]:
     """Measure reading, then the index, and print two tables, or JSON.
 
     `data` is an encoded set; without it one is made, of `samples` samples in shards of `shard_samples`, with codes
@@ -123,12 +118,22 @@ def bench_loader(
         raise ValueError("samples, shard samples, grid, batch, lanes, workers and repeats have to be at least 1")
     if min(states_dim, buffer, *simulate, 0) < 0:
         raise ValueError("the channels of text states, the shuffle buffer and simulated sizes have to be at least 0")
-    count, kind = samples, "encoded"
+    count, shards = samples, -(-samples // shard_samples)
     if data is not None:
         manifest = ShardSet(data).manifest
-        count, kind = manifest.samples, manifest.kind
-    if kind != "encoded":
-        raise ValueError(f"{data} holds raw pictures; give a set that `t2i encode` made of it")
+        count, shards = manifest.samples, len(manifest.shards)
+        if manifest.kind != "encoded":
+            raise ValueError(f"{data} holds raw pictures; give a set that `t2i encode` made of it")
+        if manifest.quarantined:
+            raise ValueError(
+                f"{data} has quarantined samples, which plain webdataset would read; give a set without any"
+            )
+        if (labelled := manifest.members.get("cls", 0)) not in (0, count):
+            raise ValueError(
+                f"{labelled} of {count} samples of {data} have classes; give a set where all have, or none"
+            )
+    if caches and shards < max(workers):
+        raise ValueError(f"{shards} shards are fewer than {max(workers)} workers, and webdataset gives each its own")
     if caches and count < 3 * batch:
         raise ValueError(
             f"{count} samples are fewer than three batches of {batch}; give a larger set or a smaller batch"
@@ -154,7 +159,7 @@ def bench_loader(
         for millions in simulate:
             with tempfile.TemporaryDirectory(dir=folder) as inner:
                 simulate_set(Path(inner), round(millions * 1e6), shard_samples, grid)
-                large.append(_index_row(Path(inner), batch, lanes, max(workers), repeats))
+                large.append(large_sets.index_row(Path(inner), batch, lanes, max(workers), repeats))
     if json:
         print(as_json(header, rows, index=large))
         return rows, large
@@ -162,8 +167,8 @@ def bench_loader(
         report("t2i bench loader", header, rows, COLUMNS)
     if large:
         about = {"tars": f"links to one of {shard_samples:,} samples", "batch": batch, "lanes": lanes}
-        about |= {"threads": max(workers), "resumed at": f"the last batch of epoch {RESUMED_EPOCH}"}
-        report("index of large sets", about if rows else header | about, large, INDEX_COLUMNS)
+        about |= {"threads": max(workers), "resumed at": f"the last batch of epoch {large_sets.RESUMED_EPOCH}"}
+        report("index of large sets", about if rows else header | about, large, large_sets.COLUMNS)
     return rows, large
 
 
@@ -177,17 +182,6 @@ COLUMNS: dict[str, Callable[[LoaderRow], str]] = {
     "times webdataset": lambda r: "-" if r.of_webdataset is None else f"{r.of_webdataset:.2f}",
 }
 
-INDEX_COLUMNS: dict[str, Callable[[IndexRow], str]] = {
-    "samples": lambda r: f"{r.samples:,}",
-    "shards": lambda r: f"{r.shards:,}",
-    "memory, MiB": lambda r: f"{r.memory / 2**20:,.0f}",
-    "per million samples": lambda r: f"{r.memory / 2**20 / (r.samples / 1e6):.1f}",
-    "seconds to open": lambda r: f"{statistics.median(r.open_warm):.3f}",
-    "to the first batch": lambda r: f"{statistics.median(r.first_batch_warm):.3f}",
-    "to open, cold": lambda r: f"{statistics.median(r.open_cold):.3f}",
-    "to the first batch, cold": lambda r: f"{statistics.median(r.first_batch_cold):.3f}",
-}
-
 
 def _described(shards: ShardSet) -> dict[str, Any]:
     manifest = shards.manifest
@@ -195,15 +189,10 @@ def _described(shards: ShardSet) -> dict[str, Any]:
     return {"samples": f"{len(shards):,}", "shards": len(manifest.shards), "bytes a sample": round(size / len(shards))}
 
 
-def _files(root: Path) -> list[Path]:
-    tars = [root / shard.name for shard in ShardSet(root).manifest.shards]
-    return [root / MANIFEST, *tars, *map(index_path, tars)]
-
-
 def _forgotten(root: Path) -> float:
     """Share of the set that stays in memory all the same."""
-    page_cache.drop(_files(root))
-    return page_cache.share_in_memory(_files(root))
+    page_cache.drop(files_of(root))
+    return page_cache.share_in_memory(files_of(root))
 
 
 def _reading(
@@ -227,12 +216,16 @@ def _reading(
         ways[f"ours {n}"] = ("ours", n, partial(ours, root, batch, lanes, n))
         ways[f"webdataset {n}"] = ("webdataset", n, partial(plain_webdataset, root, batch, buffer, n))
     variants = {name: partial(measured, name, begin) for name, (_, _, begin) in ways.items()}
-    for run in variants.values():
-        run()
-    runs.clear()
-    files = _files(root)
-    alternate(variants, repeats, CPU, cache, partial(page_cache.drop, files if cache == "cold" else []))
     shards = ShardSet(root)
+    whole = contents(plain_webdataset(root, batch, buffer, 1))
+    assert whole.total() == len(shards), f"webdataset gave {whole.total()} samples of {len(shards)}"
+    for name, (_, n, begin) in ways.items():  # also warms up
+        found = contents(begin())
+        wanted = len(shards) // batch * batch if name == f"ours {n}" else len(shards)
+        assert found.total() == wanted, f"{name} gave {found.total()} samples in place of {wanted}"
+        assert found <= whole, f"{name} gave {(found - whole).total()} samples that are not those of webdataset"
+    files = files_of(root)
+    alternate(variants, repeats, CPU, cache, partial(page_cache.drop, files if cache == "cold" else []))
     size = sum(shard.bytes for shard in shards.manifest.shards)
     rows = {}
     for name, (variant, n, _) in ways.items():
@@ -240,60 +233,9 @@ def _reading(
         rate = statistics.median(count / s for _, s, count in runs[name])
         share = rate / len(shards)
         rows[name] = LoaderRow(
-            variant,
-            n,
-            cache,
-            rate,
-            share * len(shards.manifest.shards),
-            share * size / 2**20,
-            first,
-            seconds,
-            counts[0],
-        )
+            variant, n, cache, rate, share * len(shards.manifest.shards), share * size / 2**20, first, seconds, counts[0]
+        )  # fmt: skip
     for n in workers:
         times = rows[f"ours {n}"].samples_per_s / rows[f"webdataset {n}"].samples_per_s
         rows[f"ours {n}"] = replace(rows[f"ours {n}"], of_webdataset=times)
     return list(rows.values())
-
-
-def _index_row(root: Path, batch: int, lanes: int, workers: int, repeats: int) -> IndexRow:
-    memory = _memory(root)
-    files = _files(root)
-    opened: dict[Cache, list[float]] = {"cold": [], "warm": []}
-    first: dict[Cache, list[float]] = {"cold": [], "warm": []}
-    samples = shards = 0
-    for _ in trange(repeats, desc="resume", unit="run", leave=False):
-        page_cache.drop(files)
-        for cache in opened:  # the first run leaves in memory what the second needs
-            begun = time.perf_counter()
-            found = ShardSet(root)
-            opened[cache].append(time.perf_counter() - begun)
-            samples, shards = len(found), len(found.manifest.shards)
-            order = LaneOrder(0, samples, lanes)
-            step = RESUMED_EPOCH * samples // batch - 1
-            with BatchLoader(found, order, batch, 0, 1, step, collate_codes, workers=workers) as loader:
-                next(loader)
-                first[cache].append(time.perf_counter() - begun)
-    return IndexRow(
-        samples,
-        shards,
-        memory,
-        tuple(opened["warm"]),
-        tuple(first["warm"]),
-        tuple(opened["cold"]),
-        tuple(first["cold"]),
-    )
-
-
-def _memory(root: Path) -> int:
-    gc.collect()
-    tracemalloc.start()
-    try:
-        shards, start = ShardSet(root), 0
-        for shard in shards.manifest.shards:
-            shards.key(start)
-            start += shard.samples
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
