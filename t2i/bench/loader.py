@@ -30,6 +30,8 @@ from t2i.bench.measure import alternate, as_json, environment, report
 from t2i.bench.sets import simulate_set, write_set
 
 Batches = Iterator[dict[str, Any]]
+Ways = dict[str, tuple[str, int, Callable[[], Batches]]]
+"""By name: variant, workers, and what starts an epoch."""
 CPU = torch.device("cpu")
 
 
@@ -153,9 +155,14 @@ def bench_loader(
             if data is None:
                 write_set(root, samples, shard_samples, grid, states_dim)
             header |= _described(ShardSet(root)) | {"shuffle buffer": buffer}
+            ways: Ways = {}
+            for n in workers:
+                ways[f"ours {n}"] = ("ours", n, partial(ours, root, batch, lanes, n))
+                ways[f"webdataset {n}"] = ("webdataset", n, partial(plain_webdataset, root, batch, buffer, n))
+            _refuse_differences(root, batch, ways)
             for cache in caches:
                 header |= {"in memory when cold": f"{_forgotten(root):.1%}"} if cache == "cold" else {}
-                rows += _reading(root, batch, lanes, workers, cache, buffer, repeats)
+                rows += _reading(root, ways, cache, repeats)
         for millions in simulate:
             with tempfile.TemporaryDirectory(dir=folder) as inner:
                 simulate_set(Path(inner), round(millions * 1e6), shard_samples, grid)
@@ -195,9 +202,19 @@ def _forgotten(root: Path) -> float:
     return page_cache.share_in_memory(files_of(root))
 
 
-def _reading(
-    root: Path, batch: int, lanes: int, workers: Sequence[int], cache: Cache, buffer: int, repeats: int
-) -> list[LoaderRow]:
+def _refuse_differences(root: Path, batch: int, ways: Ways) -> None:
+    """Read an epoch in every way and compare what came; this also warms up."""
+    count = len(ShardSet(root))
+    whole: Counter[bytes] = Counter()
+    for variant, n, begin in reversed(ways.values()):
+        found = contents(begin())
+        whole = whole or found
+        wanted = count // batch * batch if variant == "ours" else count
+        assert found.total() == wanted, f"{variant}, {n} gave {found.total()} samples in place of {wanted}"
+        assert found <= whole, f"{variant}, {n} gave {(found - whole).total()} samples that webdataset did not"
+
+
+def _reading(root: Path, ways: Ways, cache: Cache, repeats: int) -> list[LoaderRow]:
     runs: dict[str, list[tuple[float, float, int]]] = {}
 
     def measured(name: str, begin: Callable[[], Batches]) -> None:
@@ -211,19 +228,8 @@ def _reading(
                 count += len(joined["captions"])
         runs.setdefault(name, []).append((first - begun, last - first, count))
 
-    ways: dict[str, tuple[str, int, Callable[[], Batches]]] = {}
-    for n in workers:
-        ways[f"ours {n}"] = ("ours", n, partial(ours, root, batch, lanes, n))
-        ways[f"webdataset {n}"] = ("webdataset", n, partial(plain_webdataset, root, batch, buffer, n))
     variants = {name: partial(measured, name, begin) for name, (_, _, begin) in ways.items()}
     shards = ShardSet(root)
-    whole = contents(plain_webdataset(root, batch, buffer, 1))
-    assert whole.total() == len(shards), f"webdataset gave {whole.total()} samples of {len(shards)}"
-    for name, (_, n, begin) in ways.items():  # also warms up
-        found = contents(begin())
-        wanted = len(shards) // batch * batch if name == f"ours {n}" else len(shards)
-        assert found.total() == wanted, f"{name} gave {found.total()} samples in place of {wanted}"
-        assert found <= whole, f"{name} gave {(found - whole).total()} samples that are not those of webdataset"
     files = files_of(root)
     alternate(variants, repeats, CPU, cache, partial(page_cache.drop, files if cache == "cold" else []))
     size = sum(shard.bytes for shard in shards.manifest.shards)
@@ -235,7 +241,7 @@ def _reading(
         rows[name] = LoaderRow(
             variant, n, cache, rate, share * len(shards.manifest.shards), share * size / 2**20, first, seconds, counts[0]
         )  # fmt: skip
-    for n in workers:
+    for n in {n for _, n, _ in ways.values()}:
         times = rows[f"ours {n}"].samples_per_s / rows[f"webdataset {n}"].samples_per_s
         rows[f"ours {n}"] = replace(rows[f"ours {n}"], of_webdataset=times)
     return list(rows.values())
