@@ -89,8 +89,8 @@ def bench_train(
 @bench.command(name="loader")
 def bench_loader(
     data: Path | None = None,
-    samples: int = 40_000,
-    shard_samples: int = 10_000,
+    samples: int = 40_960,
+    shard_samples: int = 10_240,
     grid: int = 16,
     states_dim: int = 0,
     batch: int = 256,

@@ -1,6 +1,6 @@
 """How fast encoded samples come off a disk, by our loader and by plain webdataset, and what the index of a large set takes.
 
-    t2i bench loader --samples 40000 --workers 1 2
+    t2i bench loader --workers 1 2
 
 Both read the same tars and give the same samples, decoded and joined by the same functions. Ours goes through index and step,
 in threads, in an order that resumes anywhere; webdataset from the start of each tar to its end, in the worker processes of
