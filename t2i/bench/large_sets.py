@@ -38,8 +38,11 @@ class IndexRow:
     open_warm: tuple[float, ...]
     first_batch_warm: tuple[float, ...]
     """From opening the set to the batch, opening included."""
+    processor_warm: tuple[float, ...]
+    """Of that, seconds of the processor, all threads together: waiting for them excluded."""
     open_cold: tuple[float, ...]
     first_batch_cold: tuple[float, ...]
+    processor_cold: tuple[float, ...]
 
 
 COLUMNS: dict[str, Callable[[IndexRow], str]] = {
@@ -50,8 +53,10 @@ COLUMNS: dict[str, Callable[[IndexRow], str]] = {
     "per million samples": lambda r: f"{r.memory / 2**20 / (r.samples / 1e6):.1f}",
     "seconds to open": lambda r: f"{statistics.median(r.open_warm):.3f}",
     "to the first batch": lambda r: f"{statistics.median(r.first_batch_warm):.3f}",
+    "processor time": lambda r: f"{statistics.median(r.processor_warm):.3f}",
     "to open, cold": lambda r: f"{statistics.median(r.open_cold):.3f}",
     "to the first batch, cold": lambda r: f"{statistics.median(r.first_batch_cold):.3f}",
+    "processor time, cold": lambda r: f"{statistics.median(r.processor_cold):.3f}",
 }
 
 
@@ -67,10 +72,11 @@ def index_row(root: Path, batch: int, lanes: int, workers: int, repeats: int) ->
     files = files_of(root)
     opened: dict[Cache, list[float]] = {"cold": [], "warm": []}
     first: dict[Cache, list[float]] = {"cold": [], "warm": []}
+    processor: dict[Cache, list[float]] = {"cold": [], "warm": []}
     for _ in trange(repeats, desc="resume", unit="run", leave=False):
         page_cache.drop(files)
         for cache in opened:  # the first run leaves in memory what the second needs
-            begun = time.perf_counter()
+            begun, begun_processor = time.perf_counter(), time.process_time()
             found = ShardSet(root)
             opened[cache].append(time.perf_counter() - begun)
             order = LaneOrder(0, len(found), lanes)
@@ -78,11 +84,12 @@ def index_row(root: Path, batch: int, lanes: int, workers: int, repeats: int) ->
             with BatchLoader(found, order, batch, 0, 1, step, collate_codes, workers=workers) as loader:
                 next(loader)
                 first[cache].append(time.perf_counter() - begun)
+                processor[cache].append(time.process_time() - begun_processor)
     manifest = ShardSet(root).manifest
     size = sum(shard.bytes for shard in manifest.shards)
     return IndexRow(
         manifest.samples, len(manifest.shards), size, held,
-        tuple(opened["warm"]), tuple(first["warm"]), tuple(opened["cold"]), tuple(first["cold"]),
+        *(tuple(of[cache]) for cache in ("warm", "cold") for of in (opened, first, processor)),
     )  # fmt: skip
 
 

@@ -134,6 +134,8 @@ def test_the_index_of_a_simulated_set(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert (row["samples"], row["shards"]) == (500, 10)
     for cache in ("warm", "cold"):
         assert all(0 < o < f for o, f in zip(row[f"open_{cache}"], row[f"first_batch_{cache}"], strict=True))
+        assert len(row[f"processor_{cache}"]) == 2
+        assert min(row[f"processor_{cache}"]) > 0
     run(monkeypatch, *args, "--caches")
     assert "│ 500 " in capsys.readouterr().out
 
