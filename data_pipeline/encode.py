@@ -225,12 +225,19 @@ def _write_batch(
     states = encode_text([sample.caption for sample in samples]) if encode_text else [None] * len(samples)
     assert len(states) == len(samples), f"{len(states)} text states for {len(samples)} captions"
     for sample, code, state in zip(samples, codes, states, strict=True):
-        members = {CODES: _npy(code.astype(np.uint16)), "txt": sample.caption.encode()}
-        if sample.label is not None:
-            members["cls"] = str(sample.label).encode()
-        if state is not None:
-            members[STATES] = save({"states": state.detach().to("cpu", torch.bfloat16).contiguous()})
-        writer.add(sample.key, members)
+        writer.add(sample.key, encoded_members(code, sample.caption, sample.label, state))
+
+
+def encoded_members(
+    codes: np.ndarray, caption: str, label: int | None = None, states_LC: torch.Tensor | None = None
+) -> dict[str, bytes]:
+    """The members of an encoded sample by suffix, from codes [*grid] of 0 to 65535, caption, class and text states."""
+    members = {CODES: _npy(codes.astype(np.uint16)), "txt": caption.encode()}
+    if label is not None:
+        members["cls"] = str(label).encode()
+    if states_LC is not None:
+        members[STATES] = save({"states": states_LC.detach().to("cpu", torch.bfloat16).contiguous()})
+    return members
 
 
 def _npy(array: np.ndarray) -> bytes:

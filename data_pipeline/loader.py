@@ -256,5 +256,5 @@ class BatchLoader(Generic[Collated]):
         self.close()
 
     def _load(self, step: int) -> Collated:
-        numbers = self._order.indices(step, self._batch, self._rank, self._ranks)
-        return self._collate([self._shard_set.read(int(number)) for number in numbers])
+        numbers_B = self._order.indices(step, self._batch, self._rank, self._ranks)
+        return self._collate(self._shard_set.read_many(numbers_B))

@@ -1,8 +1,10 @@
 """Samples in the place of those that cannot be read, for runs that must not end because of one of them."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
+
+import numpy as np
 
 from data_pipeline.shard_set import EncodedSample, RawSample, ShardSet
 
@@ -45,3 +47,11 @@ class TolerantSet:
                     self.replaced += 1
             return sample
         raise ValueError(f"{min(_TRIES, self._last)} samples in a row cannot be read, the last one since: {last_error}")
+
+    def read_many(self, numbers: Sequence[int] | np.ndarray) -> list[RawSample | EncodedSample]:
+        """The samples of these numbers, in their order, each as `read` gives it. Raises as `read`."""
+        numbers_B = np.asarray(numbers, np.int64) % self._last
+        try:
+            return self._shards.read_many(numbers_B)
+        except ValueError:  # of one of them; whether of others too, and what stands in for them, `read` finds out
+            return [self.read(number) for number in numbers_B.tolist()]

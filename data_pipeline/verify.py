@@ -4,16 +4,16 @@ A sample is good when it can be trained on as it is; every other one is set asid
 suffixes: N good samples, M distinct member suffixes.
 """
 
-import functools
-import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from data_pipeline.images import IMAGE_SUFFIXES, verify_frames
+from data_pipeline.npy import read_npy
 from data_pipeline.shard_index import Rejected, Settings, ShardIndex, file_sha256, pack_keys
 from data_pipeline.tars import CORRUPT, TRUNCATED, Group, TarScan, scan_tar
 
@@ -94,7 +94,7 @@ def verify_shard(path: Path, name: str, settings: Settings) -> ShardIndex:
     )
 
 
-def caption_of(members: dict[str, bytes], caption_key: str) -> str:
+def caption_of(members: Mapping[str, bytes], caption_key: str) -> str:
     """The caption among a sample's txt and json members, stripped of white space at its ends.
 
     Raises BadSampleError with the cause `missing_caption`, `empty_caption` or `bad_caption`.
@@ -131,7 +131,7 @@ def caption_of(members: dict[str, bytes], caption_key: str) -> str:
     return text
 
 
-def label_of(members: dict[str, bytes]) -> int | None:
+def label_of(members: Mapping[str, bytes]) -> int | None:
     """The class number of a sample, None without a cls member. Raises BadSampleError (`bad_label`)."""
     if "cls" not in members:
         return None
@@ -141,36 +141,17 @@ def label_of(members: dict[str, bytes]) -> int | None:
     return int(text)
 
 
-def codes_of(members: dict[str, bytes]) -> np.ndarray:
+def codes_of(members: Mapping[str, bytes]) -> np.ndarray:
     """The token codes of an encoded sample, uint16 of the grid's shape. Raises BadSampleError
     (`bad_codes`).
     """
-    data = members[CODES]
     try:
-        header = data[: 10 + int.from_bytes(data[8:10], "little")]
-        shape, dtype = _npy_header(header)
-        codes = np.frombuffer(data, dtype, offset=len(header)).reshape(shape)
+        codes = read_npy(members[CODES])
     except ValueError as error:
         raise BadSampleError("bad_codes", f"{CODES} cannot be read: {error}") from error
     if codes.dtype != np.uint16:
         raise BadSampleError("bad_codes", f"{CODES} is {codes.dtype}, not uint16")
     return codes
-
-
-@functools.lru_cache(maxsize=64)
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type in the header of a version 1 npy file.
-
-    Parsing one takes several times as long as reading the codes, and all headers of a set are the same: so
-    they are remembered. Raises ValueError for anything else, Fortran order and Python objects included.
-    """
-    stream = io.BytesIO(header)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("not npy version 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    if fortran_order or dtype.hasobject:
-        raise ValueError("Fortran order or objects")
-    return shape, dtype
 
 
 def _check(group: Group, stream: BinaryIO, settings: Settings, encoding: dict[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""`t2i bench decode`, `train` and `headline`. Handlers import what they need when they run, so that help is quick."""
+"""`t2i bench decode`, `train`, `loader` and `headline`. Handlers import what they need when they run: help is quick."""
 
 from pathlib import Path
 from typing import Literal
@@ -83,6 +83,48 @@ def bench_train(
     bench_train(
         sizes, grid, batch, caption=caption, repeats=repeats, activation_checkpointing=activation_checkpointing,
         device=choose_device(device), json=json,
+    )  # fmt: skip
+
+
+@bench.command(name="loader")
+def bench_loader(
+    data: Path | None = None,
+    samples: int = 40_960,
+    shard_samples: int = 10_240,
+    grid: int = 16,
+    states_dim: int = 0,
+    batch: int = 256,
+    lanes: int = 64,
+    workers: tuple[int, ...] = (1, 2),
+    caches: tuple[Literal["warm", "cold"], ...] = ("warm", "cold"),
+    shuffle_buffer: int = 1000,
+    simulate: tuple[float, ...] = (),
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Time reading of encoded samples by our loader and by plain webdataset, alternately, and the index of large sets.
+
+    Args:
+        data: An encoded set to read; a made-up one in a temporary folder when not given.
+        samples: Samples of the made-up set.
+        shard_samples: Samples of its shards, and of those of simulated sets.
+        grid: Tokens a side.
+        states_dim: Channels of its text states, 10 to 40 tokens each; without any when 0. Each takes one of
+            webdataset's file descriptors (`ulimit -n`) while its batch is on the way.
+        batch: Samples of a batch.
+        lanes: Parts of the set that our order reads side by side; a divisor of the batch.
+        workers: Reader threads of ours, worker processes of webdataset; each number is measured.
+        caches: With files in memory (warm), or forgotten before every run (cold); none leaves reading out.
+        shuffle_buffer: Samples that webdataset shuffles at a time.
+        simulate: Sizes, in millions of samples, of large sets whose index is made and measured (45 needs 4 GB of disk).
+        repeats: Timed runs of each; the median is reported.
+        json: Print JSON in place of the tables.
+    """
+    from t2i.bench.loader import bench_loader
+
+    bench_loader(
+        data, samples=samples, shard_samples=shard_samples, grid=grid, states_dim=states_dim, batch=batch, lanes=lanes,
+        workers=workers, caches=caches, buffer=shuffle_buffer, simulate=simulate, repeats=repeats, json=json,
     )  # fmt: skip
 
 

@@ -150,6 +150,9 @@ def report(
     console.print(table)
 
 
-def as_json(header: Mapping[str, Any], rows: Sequence[Any]) -> str:
-    """The same for machines: seconds, bytes and counts as they are."""
-    return json.dumps({"header": dict(header), "rows": [asdict(row) for row in rows]}, indent=2)
+def as_json(header: Mapping[str, Any], rows: Sequence[Any], **tables: Sequence[Any]) -> str:
+    """The same for machines, with further tables if there are any: seconds, bytes and counts as they are."""
+    every = {"rows": rows, **tables}
+    return json.dumps(
+        {"header": dict(header)} | {name: [asdict(row) for row in every[name]] for name in every}, indent=2
+    )

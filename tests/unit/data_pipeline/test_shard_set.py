@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 import threading
@@ -6,10 +7,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_pipeline.index import RawSample, ShardSet, build_index, load_manifest
+from data_pipeline.encode import encoded_members
+from data_pipeline.index import EncodedSample, RawSample, ShardSet, build_index, load_manifest
 from data_pipeline.shard_index import file_sha256
+from data_pipeline.tars import ShardWriter
+from data_pipeline.verify import ENCODING_RECORD
 
 RawSet = Callable[..., Path]
 
@@ -195,6 +203,89 @@ def test_read_errors_name_key_shard_and_offset(raw_set: RawSet) -> None:
         ValueError, match=r"'000002' at byte \d+ of shard .*00000\.tar.*the file ends 1027 bytes too early"
     ):
         shards.read(2)
+
+
+@pytest.fixture(scope="module")
+def seventy(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """An encoded set of 70 samples, more than are asked for at once, in shards of 15."""
+    root = tmp_path_factory.mktemp("seventy")
+    write_set(root, 70, 15)
+    return ShardSet(root)
+
+
+def write_set(root: Path, samples: int, each: int) -> None:
+    encoding = {"grid": [2, 2], "codebook_size": 300, "text_encoder_sha256": "1" * 64}
+    record = {ENCODING_RECORD: json.dumps(encoding)}
+    for start in range(0, samples, each):
+        with ShardWriter(root / f"{start:05d}.tar", record) as writer:
+            for number in range(start, min(start + each, samples)):
+                codes, states = (
+                    np.arange(number, number + 4).reshape(2, 2),
+                    torch.full((number % 3 + 1, 2), float(number)),
+                )
+                writer.add(f"{number:06d}", encoded_members(codes, f"caption {number}", number % 7, states))
+    build_index(root, progress=False)
+
+
+def plain(sample: RawSample | EncodedSample) -> tuple[object, ...]:
+    assert isinstance(sample, EncodedSample)
+    assert sample.states is not None
+    return sample.key, sample.codes.tolist(), sample.caption, sample.label, sample.states.tolist()
+
+
+@given(numbers=st.lists(st.integers(0, 69), max_size=150))
+def test_many_samples_at_once_are_those_read_one_by_one(seventy: ShardSet, numbers: list[int]) -> None:
+    read = [plain(sample) for sample in seventy.read_many(numbers)]
+    assert read == [plain(seventy.read(i)) for i in numbers]
+    for i, (key, codes, caption, label, states) in zip(numbers, read, strict=True):
+        assert (key, codes) == (f"{i:06d}", [[i, i + 1], [i + 2, i + 3]])
+        assert (caption, label, states) == (f"caption {i}", i % 7, [[float(i)] * 2] * (i % 3 + 1))
+
+
+def test_batches_of_raw_samples_have_no_members_that_nobody_asked_for(
+    write_tar: Callable[..., Path], picture: Callable[..., bytes]
+) -> None:
+    members = [("a.png", picture()), ("a.txt", b"x"), ("a.bin", b"\0" * 100_000)]
+    root = write_tar("raw/0.tar", members).parent
+    build_index(root, progress=False)
+    shards = ShardSet(root)
+    assert shards.read_many([0, 0]) == [RawSample("a", picture(), "x")] * 2
+    with (root / "0.tar").open("r+b") as file:
+        file.truncate(4096)  # after the caption
+    assert shards.read_many([0]) == [RawSample("a", picture(), "x")]
+
+
+def test_batches_with_numbers_outside_the_set_are_index_errors(seventy: ShardSet) -> None:
+    for numbers in ([3, -1], [70], [2**40]):
+        with pytest.raises(IndexError, match=rf"sample {numbers[-1]} of 70 in "):
+            seventy.read_many(numbers)
+    assert seventy.read_many([]) == []
+
+
+def test_one_unreadable_sample_of_a_batch_is_named(tmp_path: Path) -> None:
+    write_set(tmp_path, 6, 3)
+    shards = ShardSet(tmp_path)
+    shards.read_many([0, 3])
+    path = tmp_path / "00003.tar"
+    path.write_bytes(path.read_bytes().replace(b"caption 4", b"\xff" * 9))
+    assert len(shards.read_many([0, 1, 2, 3, 5])) == 5
+    with pytest.raises(ValueError, match=r"'000004' at byte \d+ of shard .*00003\.tar is unreadable: txt is not UTF-8"):
+        shards.read_many([0, 5, 4, 1])
+
+
+def test_threads_read_batches_with_few_open_files(seventy: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.shard_set._OPEN_FILES", 1)
+    shards = ShardSet(seventy.root)
+    start = threading.Barrier(4)
+
+    def read_all(step: int) -> list[str]:
+        start.wait()
+        return [sample.key for _ in range(3) for sample in shards.read_many([i * step % 70 for i in range(70)])]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(read_all, (1, 3, 9, 11)))
+    for step, keys in zip((1, 3, 9, 11), results, strict=True):
+        assert keys == [f"{i * step % 70:06d}" for i in range(70)] * 3
 
 
 def test_many_threads_and_few_open_files(raw_set: RawSet, monkeypatch: pytest.MonkeyPatch) -> None:
