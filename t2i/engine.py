@@ -7,6 +7,7 @@ import datetime
 import difflib
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ _FIELDS = (
 """What a DeepSpeed JSON for training has at its top level, as far as it is likely to be written here."""
 
 GROUP_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a collective waits for the other ranks; the environment variable T2I_GROUP_TIMEOUT_SECONDS changes it."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,23 @@ class Runtime:
         return self.rank == 0
 
 
+def group_timeout() -> datetime.timedelta:
+    """`GROUP_TIMEOUT`, or what the environment says. Raises ValueError for what is no positive number of seconds."""
+    given = os.environ.get("T2I_GROUP_TIMEOUT_SECONDS")
+    if given is None:
+        return GROUP_TIMEOUT
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"T2I_GROUP_TIMEOUT_SECONDS is {given!r}; set it to a number of seconds, such as 600")
+    return datetime.timedelta(seconds=seconds)
+
+
 def start_runtime() -> Runtime:
     """Join the process group of the launcher, or make one of a single process where none launched this one."""
+    timeout = group_timeout()
     # DeepSpeed looks for mpi4py when these are missing.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -62,8 +79,8 @@ def start_runtime() -> Runtime:
         torch.set_num_threads(cores_per_rank())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # ZeRO makes groups of its own, which take the default timeout, not the one given to init_distributed.
-    dist.distributed_c10d.default_pg_timeout = GROUP_TIMEOUT
-    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=GROUP_TIMEOUT, verbose=False)
+    dist.distributed_c10d.default_pg_timeout = timeout
+    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     local_rank = int(os.environ["LOCAL_RANK"])
     name = accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu"
