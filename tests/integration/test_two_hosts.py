@@ -89,8 +89,8 @@ def test_a_cut_cable_ends_the_job_on_both_hosts_and_the_same_command_resumes(
     assert_same_weights(run_dir, trained(2))
 
 
-def test_hosts_leave_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="a test that fails"), two_hosts(tmp_path) as pair:
+def test_hosts_reach_each_other_until_the_cable_is_cut_or_one_crashes(tmp_path: Path) -> None:
+    with two_hosts(tmp_path) as pair:
         assert pair.first.run("hostname", "-I").split() == [pair.first.address]
         assert pair.ssh(pair.second).stdout == f"{pair.second.name}\n"
         pair.cut()
@@ -105,5 +105,18 @@ def test_hosts_leave_nothing_behind(tmp_path: Path) -> None:
         assert pair.second.processes() == []
         assert pair.ssh(pair.second).returncode == 255
         assert pair.ssh(pair.first).returncode == 0
-        raise KeyError("a test that fails")
-    assert not any(psutil.pid_exists(host.server) for host in pair.hosts)
+
+
+def test_hosts_leave_nothing_behind_after_a_failure(tmp_path: Path) -> None:
+    made: list[psutil.Process] = []
+
+    def fail() -> None:
+        with two_hosts(tmp_path) as pair:
+            made.extend(psutil.Process(host.server) for host in pair.hosts)
+            made.append(psutil.Process(pair.deepspeed("--help").process.pid))
+            assert all(process.is_running() for process in made)
+            raise KeyError("a test that fails")
+
+    with pytest.raises(KeyError, match="a test that fails"):
+        fail()
+    assert not any(process.is_running() for process in made)

@@ -241,13 +241,20 @@ def _server(folder: Path, name: str, log: Path, stack: ExitStack) -> int:
     server = process.children()[0].pid
     # Else the cable would go with a host that crashes, and the other would know at once.
     stack.callback(os.close, os.open(f"/proc/{server}/ns/net", os.O_RDONLY))
-    stack.callback(_kill, server)  # unshare itself takes no notice of SIGTERM
+    stack.callback(_stop, server, outside)
     return server
 
 
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _stop(server: int, outside: "subprocess.Popen[bytes]") -> None:
+    """End a host, and wait until the last of its processes has gone."""
+    _kill(server)
+    with suppress(subprocess.TimeoutExpired):
+        outside.wait(READY_SECONDS)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -17,5 +17,5 @@ def test_the_environment_changes_how_long_collectives_wait(monkeypatch: pytest.M
 @pytest.mark.parametrize("given", ["", "soon", "0", "-1", "nan", "inf"])
 def test_a_timeout_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("T2I_GROUP_TIMEOUT_SECONDS", given)
-    with pytest.raises(ValueError, match="T2I_GROUP_TIMEOUT_SECONDS is .*; set it to a number of seconds"):
+    with pytest.raises(ValueError, match=r"T2I_GROUP_TIMEOUT_SECONDS is .*; set it to a number of seconds"):
         group_timeout()
