@@ -20,7 +20,9 @@ CLUSTER = ROOT / "deepspeed_configs" / "cluster"
 
 # What stands for a rank: notes who it is, and ends as RANK_CODES says by rank, or with 85 on the signal that it waits for.
 PYTHON = """
-echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE ${MASTER_ADDR:-} ${MASTER_PORT:-} $*" > "$NOTES/rank-$RANK"
+told="$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE ${MASTER_ADDR:-} ${MASTER_PORT:-}"
+echo "$told $(printf "'%s'" "$@")" > "$NOTES/rank-$RANK"
+env > "$NOTES/environment-$RANK"
 codes=($RANK_CODES)
 if [ "${codes[$RANK]}" != wait ]; then exit "${codes[$RANK]}"; fi
 trap 'echo "$RANK" > "$NOTES/signalled-$RANK"; exit 85' "$AWAITED"
@@ -110,7 +112,7 @@ def test_slurm_starts_a_rank_for_each_task(start: Start, tmp_path: Path) -> None
     assert "4 ranks on node-7 node-8" in output
     for rank in range(4):
         told = (tmp_path / f"rank-{rank}").read_text()
-        assert told == f"{rank} {rank % 2} 4 2 node-7 24567 -u t2i/train.py nar-b-256 --train.run two words\n"
+        assert told == f"{rank} {rank % 2} 4 2 node-7 24567 '-u''t2i/train.py''nar-b-256''--train.run''two words'\n"
     assert (tmp_path / "scontrol").read_text() == "show hostnames node-[7-8]\n"
     # Otherwise the first rank that has saved would take the others down.
     assert "--kill-on-bad-exit=0" in (tmp_path / "srun").read_text()
@@ -133,11 +135,12 @@ def test_slurms_signal_reaches_every_rank_and_the_saved_run_is_requeued(start: S
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 1234567"
 
 
-def test_slurm_reads_the_network_file(start: Start, tmp_path: Path) -> None:
-    settings = tmp_path / "mine.env"
-    settings.write_text("# comment\nRANK_CODES='7 7 7 7'\n")
-    code, output = ended(start("slurm.sbatch", rank_codes="0 0 0 0", NETWORK_ENV=str(settings), **SLURM))
-    assert code == 7, output
+def test_slurms_ranks_know_the_network_file(start: Start, tmp_path: Path) -> None:
+    process = start("slurm.sbatch", rank_codes="0 0 0 0", NETWORK_ENV=str(CLUSTER / "network.env"), **SLURM)
+    code, output = ended(process)
+    assert code == 0, output
+    told = (tmp_path / "environment-3").read_text().splitlines()
+    assert {"NCCL_SOCKET_IFNAME==eth0", "NCCL_IB_HCA=mlx5"} <= set(told)
 
 
 def test_slurm_is_told_to_signal_the_script_and_to_allow_requeueing() -> None:
@@ -150,14 +153,16 @@ def test_slurm_is_told_to_signal_the_script_and_to_allow_requeueing() -> None:
 
 def pod(start: Start, rank_codes: str, **more: str) -> "subprocess.Popen[str]":
     known = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nar-t2i-master-0", "MASTER_PORT": "23456"}
-    return start("pod.sh", "nar-b-256", rank_codes=rank_codes, **(known | {"GPUS_PER_POD": "2"} | more))
+    return start("pod.sh", "nar-b-256", "two words", rank_codes=rank_codes, **(known | {"GPUS_PER_POD": "2"} | more))
 
 
 def test_a_pod_starts_a_rank_for_each_gpu(start: Start, tmp_path: Path) -> None:
     code, output = ended(pod(start, "9 9 0 0"))  # the first two belong to the other pod
     assert code == 0, output
     assert [path.name for path in sorted(tmp_path.glob("rank-*"))] == ["rank-2", "rank-3"]
-    assert (tmp_path / "rank-3").read_text() == "3 1 4 2 nar-t2i-master-0 23456 -u t2i/train.py nar-b-256\n"
+    assert (
+        tmp_path / "rank-3"
+    ).read_text() == "3 1 4 2 nar-t2i-master-0 23456 '-u''t2i/train.py''nar-b-256''two words'\n"
 
 
 def test_a_pods_exit_code_is_the_highest_of_its_ranks(start: Start) -> None:
