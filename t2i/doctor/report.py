@@ -1,0 +1,93 @@
+"""From what the launcher brought back to one table."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from t2i.doctor import checks, settings
+from t2i.doctor.findings import Findings, Row, names
+from t2i.doctor.launch import Launched
+
+_LAST_LINES = 15
+
+
+def launching(launched: Launched, findings: Findings, timeout: float) -> list[Row]:
+    """Whether all ranks came up, met and ended."""
+    inbox, ranks = launched.inbox, findings.ranks
+    how = (
+        f"not done after {timeout:.0f} s" if launched.code is None else f"the launcher ended with code {launched.code}"
+    )
+    hosts = inbox.hosts or {host: 0 for host in findings.hosts}
+    places = [host for host, count in hosts.items() for _ in range(count)]
+    absent = [rank for rank in range(ranks) if rank not in inbox.stages]
+    if absent or not inbox.stages:
+        where = names(places[rank] for rank in absent if rank < len(places)) or names(hosts) or "?"
+        return [
+            Row("red", "ranks", f"{ranks - len(absent)} of {ranks} came up; none of ranks {names(absent)} on {where}; {how}",
+                f"see the last lines below; try `ssh {where.split(',')[0]} hostname`, and whether Python and this project are "
+                "under the same paths there")
+        ]  # fmt: skip
+    rows = [
+        Row("red", "ranks", f"rank {rank} on {findings.host_of(rank)} failed: {error}", "see the last lines below")
+        for rank, error in sorted(inbox.errors.items())
+    ]
+    stuck = {rank: stage for rank, stage in inbox.stages.items() if stage != "done"}
+    if stuck and not rows:
+        # Who is behind is who the others wait for; ranks of one stage wait for each other.
+        stages = {stage: names(f"{r} ({findings.host_of(r)})" for r, s in sorted(stuck.items()) if s == stage)
+                  for stage in dict.fromkeys(stuck.values())}  # fmt: skip
+        seen = "; ".join(f"ranks {who} stopped while {stage}" for stage, who in stages.items())
+        remedy = (
+            "open the hosts' firewalls to each other; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in .deepspeed_env to the "
+            "interface that they share, and --master_addr to an address of the first host there"
+            if any("joining" in stage for stage in stuck.values())
+            else "see the last lines below; give more time with --timeout if it only is slow"
+        )
+        rows = [Row("red", "ranks", f"{seen}; {how}", remedy)]
+    elif launched.code != 0 and not rows:
+        rows = [Row("red", "ranks", how, "see the last lines below")]
+    return rows or [Row("green", "ranks", f"{ranks} on {names(findings.hosts)}: up, met and ended")]
+
+
+def judge(launched: Launched, findings: Findings, timeout: float) -> list[Row]:
+    """All rows of the table."""
+    rows = launching(launched, findings, timeout)
+    for check in (*checks.CHECKS, *settings.CHECKS):
+        rows += check(findings)
+    return rows
+
+
+def print_report(rows: Sequence[Row], launched: Launched, title: str, console: Console | None = None) -> None:
+    """Print one table, and below it the last lines of a launcher that failed."""
+    console = console or Console()
+    console.width = max(console.width, 160)  # a table in a log file is not folded into slivers
+    table = Table(title=title, title_justify="left", show_lines=False)
+    for column in ("", "check", "what was seen", "what to do"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        style = "" if row.status == "green" else row.status
+        table.add_row(f"[{row.status}]{row.status}[/]", row.check, escape(row.seen), escape(row.remedy), style=style)
+    console.print(table)
+    if launched.code != 0:
+        console.print("The last lines of the launcher's output:")
+        for line in launched.inbox.lines[-_LAST_LINES:]:
+            console.print(f"  {line}", markup=False, highlight=False)
+    counts = {status: sum(row.status == status for row in rows) for status in ("red", "yellow", "green")}
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
+
+
+def as_json(rows: Sequence[Row], launched: Launched, findings: Findings) -> str:
+    """The same for machines, with all that the ranks have told."""
+    answer: dict[str, Any] = {
+        "rows": [asdict(row) for row in rows],
+        "hosts": findings.hosts,
+        "local": [asdict(facts) for facts in findings.local],
+        "group": [asdict(facts) for facts in findings.group],
+        "last_lines": launched.inbox.lines[-_LAST_LINES:] if launched.code != 0 else [],
+    }
+    return json.dumps(answer, indent=2)
