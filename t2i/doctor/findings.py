@@ -21,16 +21,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that is known. `hosts` are names by number; `local` and `group` are in the order of the ranks, those that told;
+    """All that is known. `hosts` are names by number and `slots` the ranks that were to come up on each; `local` and `group` are in the order of the ranks, those that told;
     `config` is the DeepSpeed JSON as it stands, empty where it cannot be read; `parameters` are the model's."""
 
     plan: Plan
     ranks: int
     hosts: tuple[str, ...]
+    slots: dict[str, int]
     local: tuple[LocalFacts, ...]
     group: tuple[GroupFacts, ...]
     config: dict[str, Any]
     parameters: int
+
+    @property
+    def together(self) -> str:
+        """What to say of things that are alike."""
+        return ", the same on all hosts" if len(self.hosts) > 1 else ""
 
     def host_of(self, rank: int) -> str:
         """Name of a rank's host."""

@@ -24,7 +24,7 @@ from t2i.config import Recipe
 from t2i.doctor.facts import Device, LocalFacts, Plan, ShardFacts
 
 PACKAGES: Final = ("torch", "deepspeed", "transformers", "webdataset", "numpy", "safetensors", "nar-t2i")
-VARIABLES: Final = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_", "FI_", "MASTER_", "DS_")
+VARIABLES: Final = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_", "FI_")
 """Beginnings of the names of variables that have to be alike on all hosts."""
 _LISTED: Final = 5
 _EDGE: Final = 4096

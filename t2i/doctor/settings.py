@@ -15,7 +15,6 @@ LOCKED = 2**30
 """Bytes of memory that a process must be able to lock: InfiniBand's buffers, and what offloading pins."""
 BUCKET_SHARE = 0.1
 """Share of a GPU's memory for communication buckets that is worth a look."""
-_ALWAYS_OWN = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def batches(f: Findings) -> list[Row]:
@@ -53,15 +52,18 @@ def batches(f: Findings) -> list[Row]:
 
 
 def remedy_for_batch(micro: int, accumulation: int, ranks: int, lanes: int) -> str:
-    """The nearest accumulation and the nearest lanes that fit the rest; one of them at least exists."""
+    """The nearest micro-batch, accumulation and lanes, each of which fits the rest; lanes always exist."""
     batch, ways = micro * accumulation * ranks, []
     if lanes % ranks == 0:
+        fitting = [m for m in range(1, micro + lanes + 1) if m * accumulation * ranks % lanes == 0]
+        best = min(fitting, key=lambda m: abs(m - micro))
+        ways.append(f"train_micro_batch_size_per_gpu {best} (batch {best * accumulation * ranks})")
         fitting = [a for a in range(1, accumulation + lanes + 1) if micro * a * ranks % lanes == 0]
         best = min(fitting, key=lambda a: abs(a - accumulation))
-        ways.append(f"gradient_accumulation_steps {best} in the DeepSpeed JSON (batch {micro * best * ranks})")
+        ways.append(f"gradient_accumulation_steps {best} (batch {micro * best * ranks})")
     fitting = [ranks * n for n in range(1, batch // ranks + 1) if batch % (ranks * n) == 0]
     ways.append(f"--data.lanes {min(fitting, key=lambda n: abs(n - lanes))} for a run that has not begun")
-    return " or ".join(ways)
+    return ", or ".join(ways)
 
 
 def deepspeed_json(f: Findings) -> list[Row]:
@@ -166,7 +168,7 @@ def limits(f: Findings) -> list[Row]:
             )  # fmt: skip
         if 0 <= facts.open_files < OPEN_FILES:
             rows.append(
-                Row("red", "open files", f"{host}: at most {facts.open_files} a process (ulimit -n), up to {OPEN_FILES} are used",
+                Row("red", "open files", f"{host}: at most {facts.open_files} a process (ulimit -n), and {OPEN_FILES} may be used",
                     "ulimit -n 65536 before starting, or nofile in /etc/security/limits.conf")
             )  # fmt: skip
         if facts.infiniband and 0 <= facts.locked_memory < LOCKED:
@@ -183,7 +185,7 @@ def variables(f: Findings) -> list[Row]:
     """The same network settings on all hosts."""
     rows = []
     found = f.by_host(lambda facts: facts.variables)
-    for name in sorted({name for values in found.values() for name in values} - {*_ALWAYS_OWN, "OMP_NUM_THREADS"}):
+    for name in sorted({name for values in found.values() for name in values} - {"OMP_NUM_THREADS"}):
         if odd := differing({host: values.get(name, "not set") for host, values in found.items()}):
             rows.append(
                 Row(
