@@ -13,7 +13,6 @@ from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 from t2i.bench.commands import bench
-from t2i.doctor.commands import HELP as DOCTOR_HELP
 from t2i.doctor.commands import Doctor, doctor
 from t2i.tokenizer_config import TokenizerTraining
 
@@ -22,7 +21,8 @@ EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
 
 HELP = (
     "From image-text pairs to a text-to-image model and its score. In order: data, encode, then training with "
-    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Before a long run: doctor. Published weights: convert. Speed: bench."
+    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Before a long run: doctor. Published "
+    "weights: convert. Speed: bench."
 )
 
 app = SubcommandApp()
@@ -312,7 +312,7 @@ def sample(
 
 app.command(bench, name="bench", help="Measure decoding and the training step on this machine.")
 
-app.command(Doctor, name="doctor", help=DOCTOR_HELP)
+app.command(Doctor, name="doctor")
 
 app.command(geneval, name="geneval", help="Measure an export with GenEval.")
 

@@ -29,7 +29,7 @@ def versions(f: Findings) -> list[Row]:
         one = next(iter(found.values()))
         shown = ("python", "torch", "deepspeed", "CUDA", "NCCL", "nar-t2i")
         text = ", ".join(f"{name} {one[name]}" for name in shown if one.get(name, "None") != "None")
-        rows.append(Row("green", "versions", f"{text}, on all hosts" if len(found) > 1 else text))
+        rows.append(Row("green", "versions", text + f.together))
     return rows
 
 
@@ -51,7 +51,7 @@ def files(f: Findings) -> list[Row]:
             rows.append(
                 Row("red", "files", f"{error}: {host}", "copy it there, or give the full path on a shared folder")
             )
-    return rows or [Row("green", "files", f"{names(f.plan.files)}: the same on all hosts")]
+    return rows or [Row("green", "files", f"{names(f.plan.files)}: readable{f.together}")]
 
 
 def devices(f: Findings) -> list[Row]:
@@ -70,7 +70,7 @@ def devices(f: Findings) -> list[Row]:
             Row("red", "devices", odd, "find out why torch sees no GPU there (driver, CUDA_VISIBLE_DEVICES), or leave it out")
         )  # fmt: skip
     for facts in f.by_host(lambda facts: facts).values():
-        if facts.device.kind != "cpu" and facts.device.count < facts.local_ranks:
+        if facts.device.kind == "cuda" and facts.device.count < facts.local_ranks:
             rows.append(
                 Row("red", "devices", f"{f.host(facts.node)} has {facts.device.count} for {facts.local_ranks} ranks",
                     f"write slots={facts.device.count} for it in the hostfile")
@@ -111,7 +111,7 @@ def clocks(f: Findings) -> list[Row]:
 def shards(f: Findings) -> list[Row]:
     """Every shard where it is needed, and the same set everywhere."""
     path = f.plan.recipe.data.path
-    copy = f"mount or copy {path} there, whole"
+    copy = f"copy or mount {path} there, whole; if it has changed on purpose, run `t2i data index {path}`"
     rows, told = [], set()
     for facts in f.local:
         host, data = f.host(facts.node), facts.data
@@ -123,7 +123,7 @@ def shards(f: Findings) -> list[Row]:
             told.add((host, data.unreadable))
             rows.append(
                 Row("red", "shards", f"rank {facts.rank} on {host} cannot read {names(data.unreadable)}",
-                    f"{copy}, with its .idx.npz files, or run `t2i data index {path}`")
+                    f"copy it there, with its .idx.npz file, or run `t2i data index {path}`")
             )  # fmt: skip
     digests = f.by_host(lambda facts: facts.data.digest)
     if odd := differing({host: digest[:12] for host, digest in digests.items() if digest}):
@@ -135,7 +135,7 @@ def shards(f: Findings) -> list[Row]:
             Row(
                 "green",
                 "shards",
-                f"{f.local[0].data.shards} in {path}, the same on all hosts; each rank can read its {share}",
+                f"{f.local[0].data.shards} in {path}{f.together}; each rank can read its {share}",
             )
         )
     return rows
@@ -146,6 +146,8 @@ def inputs(f: Findings) -> list[Row]:
     first = next((facts for facts in f.group if facts.rank == 0), None)
     if first is None:
         return []
+    if first.set_error is not None and any(facts.data.error == first.set_error for facts in f.local):
+        return []  # has a line already
     if first.set_error is not None:
         return [Row("red", "recipe and set", first.set_error, "as it says; training would stop with the same message")]
     return [Row("green", "recipe and set", "set, tokenizer, text encoder and run folder fit the recipe")]

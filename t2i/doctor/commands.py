@@ -12,16 +12,14 @@ if TYPE_CHECKING:
     from t2i.doctor.findings import Findings
     from t2i.doctor.launch import Launched
 
-HELP = (
-    "Look at all hosts of a run before it: starts a short probe through the deepspeed launcher, as training is started, and "
-    "prints one table with what to do about each red line. Fields of the recipe are options as for training. Exit code 1 "
-    "where there is a red line."
-)
-
 
 @dataclass(frozen=True)
 class Doctor:
-    __doc__ = HELP
+    """Look at all hosts of a run before it begins, and say what to do about each red line.
+
+    Starts a short probe through the deepspeed launcher, as training is started, and prints one table. Every field of the
+    recipe is an option as for training (`python t2i/train.py RECIPE --help` lists them). Exit code 1 where a line is red.
+    """
 
     recipe: Positional[str]
     """A recipe's name, or the recipe.json of a run."""
@@ -47,7 +45,7 @@ def doctor(args: Sequence[str]) -> int:
     """Parse what follows `t2i doctor`, probe, print; returns the exit code. Raises ValueError for a mistake in `args`."""
     import tyro
 
-    options, rest = tyro.cli(Doctor, args=list(args), return_unknown_args=True, prog="t2i doctor", description=HELP)
+    options, rest = tyro.cli(Doctor, args=list(args), return_unknown_args=True, prog="t2i doctor")
     from t2i.config import Recipe
     from t2i.recipes import find_recipe
 
@@ -115,6 +113,7 @@ def _findings(plan: Any, launched: "Launched", hostfile: Path | None) -> "Findin
     hosts = inbox.hosts or (_hosts_in(hostfile) if hostfile is not None else {})
     local = tuple(facts for _, facts in sorted(inbox.local.items()))
     ranks = sum(hosts.values()) or (local[0].ranks if local else 1)
+    named = tuple(hosts) or tuple(dict.fromkeys(facts.hostname for facts in local))
     if not local:
         # Nobody came up: at least what this machine knows, as the first rank.
         environ = {
@@ -124,6 +123,7 @@ def _findings(plan: Any, launched: "Launched", hostfile: Path | None) -> "Findin
             "LOCAL_SIZE": str(next(iter(hosts.values()), 1)),
         }
         local = (gather_local(plan, this_device(), _config_error(plan.deepspeed_config), environ),)
+        named = ("this machine",)
     try:
         config = json.loads(plan.deepspeed_config.read_text())
     except (OSError, ValueError):
@@ -131,7 +131,8 @@ def _findings(plan: Any, launched: "Launched", hostfile: Path | None) -> "Findin
     return Findings(
         plan=plan,
         ranks=ranks,
-        hosts=tuple(hosts) or tuple(dict.fromkeys(facts.hostname for facts in local)),
+        hosts=named,
+        slots=hosts,
         local=local,
         group=tuple(facts for _, facts in sorted(inbox.group.items())),
         config=config if isinstance(config, dict) else {},
@@ -148,7 +149,11 @@ def _hosts_in(hostfile: Path) -> dict[str, int]:
 
 
 def _config_error(path: Path) -> str | None:
-    from t2i.engine import read_deepspeed_config
+    import contextlib
+    import sys
+
+    with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed says which accelerator it takes
+        from t2i.engine import read_deepspeed_config
 
     try:
         read_deepspeed_config(path)

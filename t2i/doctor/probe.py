@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.shard_set import ShardSet
 from t2i import run_checks
@@ -46,7 +47,7 @@ def probe(plan: Plan, rank: int) -> None:
         read_deepspeed_config(plan.deepspeed_config)
     except ValueError as error:
         config_error = str(error)
-    send(rank, "local", gather_local(plan, this_device(), config_error, os.environ))
+    send(rank, "local", gather_local(plan, this_device(get_accelerator().device_name()), config_error, os.environ))
     send(rank, "stage", "joining the process group")
     runtime = start_runtime()
     dist.barrier()

@@ -22,13 +22,13 @@ def launching(launched: Launched, findings: Findings, timeout: float) -> list[Ro
     how = (
         f"not done after {timeout:.0f} s" if launched.code is None else f"the launcher ended with code {launched.code}"
     )
-    hosts = inbox.hosts or {host: 0 for host in findings.hosts}
-    places = [host for host, count in hosts.items() for _ in range(count)]
+    places = [host for host, count in findings.slots.items() for _ in range(count)]
     absent = [rank for rank in range(ranks) if rank not in inbox.stages]
-    if absent or not inbox.stages:
-        where = names(places[rank] for rank in absent if rank < len(places)) or names(hosts) or "?"
+    if absent:
+        where = names(places[rank] for rank in absent if rank < len(places)) or "this machine"
+        alone = "" if inbox.local else "; what follows is of this machine alone"
         return [
-            Row("red", "ranks", f"{ranks - len(absent)} of {ranks} came up; none of ranks {names(absent)} on {where}; {how}",
+            Row("red", "ranks", f"{ranks - len(absent)} of {ranks} came up; none of ranks {names(absent)} on {where}; {how}{alone}",
                 f"see the last lines below; try `ssh {where.split(',')[0]} hostname`, and whether Python and this project are "
                 "under the same paths there")
         ]  # fmt: skip

@@ -168,7 +168,7 @@ def limits(f: Findings) -> list[Row]:
             )  # fmt: skip
         if 0 <= facts.open_files < OPEN_FILES:
             rows.append(
-                Row("red", "open files", f"{host}: at most {facts.open_files} a process (ulimit -n), and {OPEN_FILES} may be used",
+                Row("red", "open files", f"{host}: at most {facts.open_files} a process (ulimit -n), {OPEN_FILES} may be used",
                     "ulimit -n 65536 before starting, or nofile in /etc/security/limits.conf")
             )  # fmt: skip
         if facts.infiniband and 0 <= facts.locked_memory < LOCKED:
