@@ -312,7 +312,7 @@ def sample(
 
 app.command(bench, name="bench", help="Measure decoding and the training step on this machine.")
 
-app.command(Doctor, name="doctor")
+app.command(name="doctor")(Doctor)
 
 app.command(geneval, name="geneval", help="Measure an export with GenEval.")
 

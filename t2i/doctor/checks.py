@@ -37,7 +37,8 @@ def files(f: Findings) -> list[Row]:
     """The same recipe and DeepSpeed JSON on all hosts."""
     rows = []
     for path in map(str, f.plan.files):
-        found = f.by_host(lambda facts, path=path: facts.files.get(path, "cannot be read"))
+        every = f.by_host(lambda facts: facts.files)
+        found = {host: str(digests.get(path, "cannot be read")) for host, digests in every.items()}
         absent = [host for host, digest in found.items() if digest.startswith("cannot")]
         if absent:
             rows.append(
@@ -112,7 +113,8 @@ def shards(f: Findings) -> list[Row]:
     """Every shard where it is needed, and the same set everywhere."""
     path = f.plan.recipe.data.path
     copy = f"copy or mount {path} there, whole; if it has changed on purpose, run `t2i data index {path}`"
-    rows, told = [], set()
+    rows: list[Row] = []
+    told: set[tuple[str, object]] = set()
     for facts in f.local:
         host, data = f.host(facts.node), facts.data
         if data.error is not None and (host, data.error) not in told:

@@ -21,8 +21,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that is known. `hosts` are names by number, `slots` how many ranks were to come up on each; `local` and `group` are in the order of the ranks, those that told;
-    `config` is the DeepSpeed JSON as it stands, empty where it cannot be read; `parameters` are the model's."""
+    """All that is known. `hosts` are names by number, `slots` how many ranks were to come up on each; `local` and `group`
+    are in the order of the ranks, those that told; `config` is the DeepSpeed JSON as it stands, empty where it cannot be
+    read; `parameters` are the model's."""
 
     plan: Plan
     ranks: int

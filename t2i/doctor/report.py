@@ -25,10 +25,11 @@ def launching(launched: Launched, findings: Findings, timeout: float) -> list[Ro
     places = [host for host, count in findings.slots.items() for _ in range(count)]
     absent = [rank for rank in range(ranks) if rank not in inbox.stages]
     if absent:
+        there = ranks - len(absent)
         where = names(places[rank] for rank in absent if rank < len(places)) or "this machine"
         alone = "" if inbox.local else "; what follows is of this machine alone"
         return [
-            Row("red", "ranks", f"{ranks - len(absent)} of {ranks} came up; none of ranks {names(absent)} on {where}; {how}{alone}",
+            Row("red", "ranks", f"{there} of {ranks} came up; not {names(absent)} on {where}; {how}{alone}",
                 f"see the last lines below; try `ssh {where.split(',')[0]} hostname`, and whether Python and this project are "
                 "under the same paths there")
         ]  # fmt: skip
