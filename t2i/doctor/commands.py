@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 if TYPE_CHECKING:
     from t2i.config import Recipe
+    from t2i.doctor.facts import Plan
     from t2i.doctor.findings import Findings
     from t2i.doctor.launch import Launched
 
@@ -101,7 +102,7 @@ def examine(options: Doctor, recipe: "Recipe") -> int:
     return int(any(row.status == "red" for row in rows))
 
 
-def _findings(plan: Any, launched: "Launched", hostfile: Path | None) -> "Findings":
+def _findings(plan: "Plan", launched: "Launched", hostfile: Path | None) -> "Findings":
     import json
     import os
 

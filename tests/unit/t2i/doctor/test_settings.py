@@ -72,7 +72,7 @@ def test_what_training_would_refuse_is_red() -> None:
         ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, "yellow", "fp16 on GPUs that have bf16"),
         ({"bf16": {}}, "yellow", "float32"),
         ({"gradient_clipping": 0}, "yellow", "gradient_clipping"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}, "yellow",
+        ({"zero_optimization": ZERO | {"offload_param": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}, "yellow",
          "only stage 3"),
         ({"zero_optimization": ZERO | {"offload_optimizer": {"device": "cpu"}}}, "red", "zero_force_ds_cpu_optimizer"),
         ({"wall_clock_breakdown": True}, "yellow", "wall_clock_breakdown"),
