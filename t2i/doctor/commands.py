@@ -68,7 +68,8 @@ def examine(options: Doctor, recipe: "Recipe") -> int:
     from t2i.doctor.launch import launch
     from t2i.doctor.report import as_json, judge, print_report
 
-    if min(options.write_mib, options.reduce_mib) < 1 or options.timeout <= 0 or (options.ranks or 1) < 1:
+    few = options.ranks is not None and options.ranks < 1
+    if few or min(options.write_mib, options.reduce_mib) < 1 or options.timeout <= 0:
         raise ValueError(
             f"write_mib {options.write_mib}, reduce_mib {options.reduce_mib}, timeout {options.timeout:g} and ranks "
             f"{options.ranks} have to be at least 1"

@@ -19,7 +19,7 @@ def test_as_many_as_the_model_has(make: object, tmp_path: Path) -> None:
             for color in ("red", "blue")
             for kind in ("star", "ring")
         ]
-        train_sentencepiece(captions, 60, tmp_path / "spiece.model", lower_case=False)
+        train_sentencepiece(captions, 290, tmp_path / "spiece.model", lower_case=False)
         vocabulary = (tmp_path / "spiece.model").read_bytes()
     model = build_model(recipe, vocabulary)
     assert count_parameters(recipe) == sum(parameter.numel() for parameter in model.parameters())
