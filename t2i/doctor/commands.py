@@ -97,9 +97,8 @@ def examine(options: Doctor, recipe: "Recipe") -> int:
     if options.json:
         print(as_json(rows, launched, findings))
     else:
-        print_report(
-            rows, launched, f"t2i doctor: {recipe.name}, {findings.ranks} ranks on {len(findings.hosts)} hosts"
-        )
+        title = f"t2i doctor: {recipe.name}, ranks {findings.ranks}, hosts {len(findings.slots) or len(findings.hosts)}"
+        print_report(rows, launched, title)
     return int(any(row.status == "red" for row in rows))
 
 

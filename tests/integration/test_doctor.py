@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def test_all_is_well(recipe_file: Path, deepspeed_config: Callable[[int], Path], tmp_path: Path) -> None:
     done = t2i(
-        "doctor", recipe_file, "--deepspeed_config", deepspeed_config(2), "--ranks", "2", "--run-dir", tmp_path / "runs" / "new",
+        "doctor", recipe_file, "--deepspeed_config", deepspeed_config(2), "--ranks", "2", "--run-dir", tmp_path / "a" / "b",
         "--write-mib", "8", "--reduce-mib", "1", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
