@@ -85,15 +85,16 @@ def examine(options: Doctor, recipe: "Recipe") -> int:
         options.deepspeed_config,
         files,
         secrets.token_hex(8),
+        options.timeout,
         options.write_mib * 2**20,
         options.reduce_mib * 2**20,
     )
     try:
-        launched = launch(plan, options.hostfile, options.ranks, shlex.split(options.launcher_args), options.timeout)
+        launched = launch(plan, options.hostfile, options.ranks, shlex.split(options.launcher_args))
     finally:
         shutil.rmtree(probe_folder(plan), ignore_errors=True)  # of ranks that were ended on their way
     findings = _findings(plan, launched, options.hostfile)
-    rows = judge(launched, findings, options.timeout)
+    rows = judge(launched, findings)
     if options.json:
         print(as_json(rows, launched, findings))
     else:

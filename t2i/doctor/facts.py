@@ -22,12 +22,14 @@ _LINE = re.compile(rf"{MARK} (\d+) (\w+) (\d+)/(\d+) ([\w=-]*)")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to probe. `files` are the recipe's file, where it is one, and the DeepSpeed JSON; `mark` names this probe."""
+    """What to probe. `files` are the recipe's file, where it is one, and the DeepSpeed JSON; `mark` names this probe,
+    which ends itself after `timeout` seconds."""
 
     recipe: Recipe
     deepspeed_config: Path
     files: tuple[Path, ...]
     mark: str
+    timeout: float = 600.0
     write_bytes: int = 256 * 2**20
     reduce_bytes: int = 64 * 2**20
 

@@ -41,8 +41,11 @@ class Findings:
 
     def host_of(self, rank: int) -> str:
         """Name of a rank's host."""
-        node = next((facts.node for facts in self.local if facts.rank == rank), None)
-        return "?" if node is None else self.host(node)
+        for facts in self.local:
+            if facts.rank == rank:
+                return self.host(facts.node)
+        places = [host for host, count in self.slots.items() for _ in range(count)]
+        return places[rank] if rank < len(places) else "this machine"
 
     def host(self, node: int) -> str:
         """Name of a host by its number in the launcher's order."""

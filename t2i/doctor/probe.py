@@ -7,6 +7,7 @@ checkpoints this is the one module that knows torch.distributed.
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -31,6 +32,9 @@ def main() -> int:
     """Probe what the plan, the last argument, says; returns the exit code."""
     plan: Plan = unpack(Plan, sys.argv[-1])  # the launcher puts --local_rank before it
     rank = int(os.environ.get("RANK", 0))
+    deadline = threading.Timer(plan.timeout, os._exit, [1])  # nobody can end it from another host
+    deadline.daemon = True
+    deadline.start()
     try:
         probe(plan, rank)
     except Exception as error:

@@ -16,17 +16,18 @@ from t2i.doctor.launch import Launched
 _LAST_LINES = 15
 
 
-def launching(launched: Launched, findings: Findings, timeout: float) -> list[Row]:
+def launching(launched: Launched, findings: Findings) -> list[Row]:
     """Whether all ranks came up, met and ended."""
     inbox, ranks = launched.inbox, findings.ranks
     how = (
-        f"not done after {timeout:.0f} s" if launched.code is None else f"the launcher ended with code {launched.code}"
+        f"not done after {findings.plan.timeout:g} s"
+        if launched.late
+        else f"the launcher ended with code {launched.code}"
     )
-    places = [host for host, count in findings.slots.items() for _ in range(count)]
     absent = [rank for rank in range(ranks) if rank not in inbox.stages]
     if absent:
         there = ranks - len(absent)
-        where = names(places[rank] for rank in absent if rank < len(places)) or "this machine"
+        where = names(findings.host_of(rank) for rank in absent)
         alone = "" if inbox.local else "; what follows is of this machine alone"
         return [
             Row("red", "ranks", f"{there} of {ranks} came up; not {names(absent)} on {where}; {how}{alone}",
@@ -55,9 +56,9 @@ def launching(launched: Launched, findings: Findings, timeout: float) -> list[Ro
     return rows or [Row("green", "ranks", f"{ranks} on {names(findings.hosts)}: up, met and ended")]
 
 
-def judge(launched: Launched, findings: Findings, timeout: float) -> list[Row]:
+def judge(launched: Launched, findings: Findings) -> list[Row]:
     """All rows of the table."""
-    rows = launching(launched, findings, timeout)
+    rows = launching(launched, findings)
     for check in (*checks.CHECKS, *settings.CHECKS):
         rows += check(findings)
     return rows
