@@ -15,6 +15,8 @@ from typing import Any
 from t2i.config import Recipe, from_json, to_json
 
 MARK = "@t2i-doctor"
+JOINING = "joining the process group"
+"""A stage, at which it shows whether hosts reach each other."""
 _CHUNK = 1500
 """Characters of a line: a write of less than 4,096 bytes to a pipe is not mixed with those of other ranks."""
 _LINE = re.compile(rf"{MARK} (\d+) (\w+) (\d+)/(\d+) ([\w=-]*)")

@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.shard_set import ShardSet
 from t2i import run_checks
-from t2i.doctor.facts import Clock, GroupFacts, Plan, send, unpack
+from t2i.doctor.facts import JOINING, Clock, GroupFacts, Plan, send, unpack
 from t2i.doctor.folder import RunFolder
 from t2i.doctor.local import gather_local, this_device
 from t2i.engine import Runtime, read_deepspeed_config, start_runtime, stop_runtime
@@ -52,7 +52,7 @@ def probe(plan: Plan, rank: int) -> None:
     except ValueError as error:
         config_error = str(error)
     send(rank, "local", gather_local(plan, this_device(get_accelerator().device_name()), config_error, os.environ))
-    send(rank, "stage", "joining the process group")
+    send(rank, "stage", JOINING)
     runtime = start_runtime()
     dist.barrier()
     send(rank, "stage", "comparing clocks")

@@ -10,10 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from t2i.doctor import checks, settings
+from t2i.doctor.facts import JOINING
 from t2i.doctor.findings import Findings, Row, names
 from t2i.doctor.launch import Launched
 
-_LAST_LINES = 15
+_LAST_LINES, _LINE_LENGTH = 15, 240
+_LOOK = "see the last lines below; if it only is slow, give more time with --timeout"
+_CONNECT = (
+    "open the hosts' firewalls to each other; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in .deepspeed_env to the interface "
+    "that they share, and --master_addr to the first host's address there"
+)
 
 
 def launching(launched: Launched, findings: Findings) -> list[Row]:
@@ -34,25 +40,16 @@ def launching(launched: Launched, findings: Findings) -> list[Row]:
                 f"see the last lines below; try `ssh {where.split(',')[0]} hostname`, and whether Python and this project are "
                 "under the same paths there")
         ]  # fmt: skip
-    rows = [
-        Row("red", "ranks", f"rank {rank} on {findings.host_of(rank)} failed: {error}", "see the last lines below")
-        for rank, error in sorted(inbox.errors.items())
-    ]
     stuck = {rank: stage for rank, stage in inbox.stages.items() if stage != "done"}
-    if stuck and not rows:
-        # Who is behind is who the others wait for; ranks of one stage wait for each other.
-        stages = {stage: names(f"{r} ({findings.host_of(r)})" for r, s in sorted(stuck.items()) if s == stage)
-                  for stage in dict.fromkeys(stuck.values())}  # fmt: skip
-        seen = "; ".join(f"ranks {who} stopped while {stage}" for stage, who in stages.items())
-        remedy = (
-            "open the hosts' firewalls to each other; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in .deepspeed_env to the "
-            "interface that they share, and --master_addr to an address of the first host there"
-            if any("joining" in stage for stage in stuck.values())
-            else "see the last lines below; give more time with --timeout if it only is slow"
-        )
-        rows = [Row("red", "ranks", f"{seen}; {how}", remedy)]
-    elif launched.code != 0 and not rows:
-        rows = [Row("red", "ranks", how, "see the last lines below")]
+    # Ranks that fail alike are told of together; of those that wait for each other, all that wait at the same point.
+    ends = {rank: f"failed while {stuck.get(rank, 'ending')}: {error}" for rank, error in inbox.errors.items()}
+    ends = ends or {rank: f"stopped while {stage}; {how}" for rank, stage in stuck.items()}
+    rows = []
+    for end in dict.fromkeys(ends.values()):
+        who = names(f"{rank} ({findings.host_of(rank)})" for rank in sorted(ends) if ends[rank] == end)
+        rows.append(Row("red", "ranks", f"{who} {end}", _CONNECT if JOINING in end else _LOOK))
+    if launched.code != 0 and not rows:
+        rows = [Row("red", "ranks", how, _LOOK)]
     return rows or [Row("green", "ranks", f"{ranks} on {names(findings.hosts)}: up, met and ended")]
 
 
@@ -78,7 +75,7 @@ def print_report(rows: Sequence[Row], launched: Launched, title: str, console: C
     if launched.code != 0:
         console.print("The last lines of the launcher's output:")
         for line in launched.inbox.lines[-_LAST_LINES:]:
-            console.print(f"  {line}", markup=False, highlight=False)
+            console.print(f"  {line[:_LINE_LENGTH]}", markup=False, highlight=False)
     counts = {status: sum(row.status == status for row in rows) for status in ("red", "yellow", "green")}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
 

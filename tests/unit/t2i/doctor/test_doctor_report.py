@@ -45,9 +45,20 @@ def test_ranks_that_never_met() -> None:
     assert "GLOO_SOCKET_IFNAME" in row.remedy
 
 
-def test_ranks_that_failed_say_why() -> None:
-    (row,) = launching(launched(ALL_DONE | {2: "comparing clocks"}, 1, errors={2: "RuntimeError: no"}), findings())
-    assert (row.status, row.seen) == ("red", "rank 2 on b failed: RuntimeError: no")
+def test_ranks_that_failed_say_why_and_those_that_failed_alike_together() -> None:
+    stages = {
+        0: "comparing clocks",
+        1: "comparing clocks",
+        2: "joining the process group",
+        3: "joining the process group",
+    }
+    errors = {3: "RuntimeError: refused", 2: "RuntimeError: refused", 1: "ValueError: no"}
+    joining, clocks = launching(launched(stages, 1, errors=errors), findings())
+    assert joining.seen == "2 (b), 3 (b) failed while joining the process group: RuntimeError: refused"
+    assert "GLOO_SOCKET_IFNAME" in joining.remedy
+    assert clocks.seen == "1 (a) failed while comparing clocks: ValueError: no"
+    assert "last lines" in clocks.remedy
+    assert (joining.status, clocks.status) == ("red", "red")
 
 
 def test_a_launcher_that_fails_in_the_end_is_red() -> None:
