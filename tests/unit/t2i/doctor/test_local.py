@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from doctor_findings import plan
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.loader import LaneOrder
@@ -54,6 +54,7 @@ def test_shards_that_changed_or_lost_their_index(shards: Path) -> None:
     assert "bytes on disk" in str(look_at_shards(recipe_on(shards), 0, 1).error)
 
 
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12),
     validation=st.integers(0, 20),
