@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 from t2i.bench.commands import bench
+from t2i.doctor.commands import Doctor, doctor
 from t2i.tokenizer_config import TokenizerTraining
 
 EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
@@ -20,7 +21,8 @@ EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
 
 HELP = (
     "From image-text pairs to a text-to-image model and its score. In order: data, encode, then training with "
-    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Published weights: convert. Speed: bench."
+    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Before a long run: doctor. Published "
+    "weights: convert. Speed: bench."
 )
 
 app = SubcommandApp()
@@ -363,6 +365,8 @@ def sample(
 
 app.command(bench, name="bench", help="Measure decoding and the training step on this machine.")
 
+app.command(name="doctor")(Doctor)
+
 app.command(geneval, name="geneval", help="Measure an export with GenEval.")
 
 
@@ -424,6 +428,8 @@ def main() -> None:
     # Started under the DeepSpeed launcher, which puts this before everything else and also sets LOCAL_RANK.
     args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")]
     try:
+        if args[:1] == ["doctor"]:  # the recipe's fields, which are options of it, depend on its first argument
+            sys.exit(doctor(args[1:]))
         app.cli(prog="t2i", args=args, description=HELP)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "--step",
     "convert": "--n-kv-head",
     "sample": "--guidance-scale",
+    "doctor": "--hostfile",
     "geneval": "run",
     "geneval run": "--images-per-prompt",
     "score-classes": "--samples",
@@ -65,7 +66,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("data", "tokenizer", "encode", "plan", "export", "convert", "sample", "bench", "geneval"):
+    for command in ("data", "tokenizer", "encode", "plan", "export", "convert", "sample", "bench", "doctor", "geneval"):
         assert command in done.stdout
 
 
