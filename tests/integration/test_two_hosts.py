@@ -12,15 +12,13 @@ from t2i.checkpoint import checkpoints
 from t2i.export import merged_weights
 
 from .conftest import STEPS, losses, results, rows
-from .two_hosts import Host, TwoHosts, two_hosts, wait_for, why_not
+from .two_hosts import TwoHosts, two_hosts, wait_for, why_not
 
 _REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=f"no two hosts here: {_REASON}")]
 
 Stage = Callable[[int], Path]
 RUN_SECONDS = 200
-GIVE_UP_SECONDS = 8
-"""How long a rank waits for the other in a collective."""
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +33,6 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert mine.keys() == theirs.keys()
         for name, tensor in mine.items():
             assert torch.equal(tensor, theirs[name]), (name, averaged)
-
-
-def misses(log: str, rank: int, host: Host) -> bool:
-    """Whether a rank says that another one does not answer: by name, or in the words of its collective."""
-    return re.search(rf"nothing heard of rank {rank} on {host.name}\b|Timed out waiting \d+ms for", log) is not None
 
 
 def test_two_hosts_train_as_one(
@@ -65,8 +58,7 @@ def test_a_cut_cable_ends_the_job_on_both_hosts_and_the_same_command_resumes(
         "--enable_each_rank_log", logs, "t2i/train.py", recipe_file, "--deepspeed_config", deepspeed_config(2),
         "--run-dir", run_dir, "--train.no-background-save",
     )  # fmt: skip
-    limit = {"T2I_GROUP_TIMEOUT_SECONDS": str(GIVE_UP_SECONDS)}
-    job = hosts.deepspeed(*command, **limit)
+    job = hosts.deepspeed(*command)
     assert wait_for(lambda: bool(checkpoints(run_dir)) or job.process.poll() is not None, RUN_SECONDS), job.said()
     hosts.cut()
     try:
@@ -81,9 +73,9 @@ def test_a_cut_cable_ends_the_job_on_both_hosts_and_the_same_command_resumes(
     assert f"{hosts.second.name}: ssh exited with exit code 255" in job.said()
     for rank, other in ((0, 1), (1, 0)):
         (log,) = logs.glob(f"*_rank{rank}.log")
-        assert misses(log.read_text(), other, hosts.hosts[other]), log.read_text()
+        assert f"error: rank {other} on {hosts.hosts[other].name}, pid " in log.read_text(), log.read_text()
 
-    job = hosts.deepspeed(*command, **limit)
+    job = hosts.deepspeed(*command)
     assert job.wait(RUN_SECONDS) == 0, job.said()
     assert losses(run_dir) == losses(trained(2))
     assert_same_weights(run_dir, trained(2))

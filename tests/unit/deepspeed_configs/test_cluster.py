@@ -118,10 +118,24 @@ def test_slurm_starts_a_rank_for_each_task(start: Start, tmp_path: Path) -> None
     assert "--kill-on-bad-exit=0" in (tmp_path / "srun").read_text()
 
 
-@pytest.mark.parametrize("rank_codes", ["0 0 0 0", "2 2 2 2", "0 1 0 0", "85 85 86 85", "137 85 85 85"])
-def test_slurm_requeues_nothing_but_a_saved_run(rank_codes: str, start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank_codes", ["0 0 0 0", "2 2 2 2"])
+def test_slurm_does_not_start_again_what_is_done_or_wrong(rank_codes: str, start: Start, tmp_path: Path) -> None:
     code, output = ended(start("slurm.sbatch", "nar-b-256", rank_codes=rank_codes, **SLURM))
     assert code == max(map(int, rank_codes.split())), output
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+@pytest.mark.parametrize("rank_codes", ["85 85 85 85", "0 1 0 0", "86 86 137 86", "87 87 87 87"])
+def test_slurm_starts_again_after_saving_and_after_faults(rank_codes: str, start: Start, tmp_path: Path) -> None:
+    code, output = ended(start("slurm.sbatch", rank_codes=rank_codes, SLURM_RESTART_COUNT="19", **SLURM))
+    assert code == max(map(int, rank_codes.split())), output
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 1234567"
+
+
+def test_slurm_gives_up_after_so_many_restarts(start: Start, tmp_path: Path) -> None:
+    code, output = ended(start("slurm.sbatch", rank_codes="86 86 86 86", SLURM_RESTART_COUNT="20", **SLURM))
+    assert code == 86
+    assert "after 20 restarts" in output
     assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
