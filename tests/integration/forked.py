@@ -89,7 +89,7 @@ def signal_in_step(step: int) -> None:
 
 
 FAULTS: dict[str, Callable[[random.Random], None]] = {
-    "reading": lambda r: at_call(shard_set.ShardSet, "read_encoded", r.randrange(1, 120)),
+    "reading": lambda r: at_call(shard_set.ShardSet, "_sample", r.randrange(1, 120)),
     "forward": lambda r: at_call(objective.TrainingModel, "forward", r.randrange(20)),
     "after forward": lambda r: at_call(objective.TrainingModel, "forward", r.randrange(20), before=False),
     "model shard": lambda r: in_file("model_states", r.randrange(30)),
@@ -135,14 +135,14 @@ def full_disk(step: int) -> None:
 
 def at_reading(number: int, what: Callable[[], None]) -> None:
     """Something happens in the n-th reading of a sample (0 is the first)."""
-    read, calls = shard_set.ShardSet.read_encoded, iter(range(10**9))
+    read, calls = shard_set.ShardSet._sample, iter(range(10**9))
 
     def watched(self: Any, *arguments: Any, **options: Any) -> Any:
         if next(calls) == number:
             what()
         return read(self, *arguments, **options)
 
-    shard_set.ShardSet.read_encoded = watched  # type: ignore[method-assign]
+    shard_set.ShardSet._sample = watched  # type: ignore[method-assign]
 
 
 def reading_for_ever() -> None:

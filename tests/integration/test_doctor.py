@@ -66,7 +66,7 @@ def test_faults_are_red_with_what_to_do(
     assert "cannot be written" in rows["run folder"]["seen"]
     assert "--run-dir" in rows["run folder"]["remedy"]
     assert "batch 12, 8 lanes" in rows["batch, lanes, ranks"]["seen"]
-    assert "train_micro_batch_size_per_gpu 4 (batch 16)" in rows["batch, lanes, ranks"]["remedy"]
+    assert "train_micro_batch_size_per_gpu 2 (batch 8)" in rows["batch, lanes, ranks"]["remedy"]
     assert rows["DeepSpeed JSON"]["status"] == "yellow"
     assert rows["all-reduce"]["status"] == "green"
 

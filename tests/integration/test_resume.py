@@ -55,7 +55,7 @@ def test_killed_at_any_moment(run: Entry, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     often = (
         "--train.steps",
-        "400",
+        "200",
         "--train.save-every",
         "3",
         "--train.keep-last",
@@ -65,7 +65,7 @@ def test_killed_at_any_moment(run: Entry, tmp_path: Path) -> None:
     )
     chance = random.Random(5)
     kills: list[dict[str, Any]] = [{"fault": name} for name in FAULTS for _ in range(2)]
-    kills += [{"kill": {"after": chance.uniform(0, 0.6), "who": who}} for who in ("all", "one") * 5]
+    kills += [{"kill": {"after": chance.uniform(0, 0.3), "who": who}} for who in ("all", "one") * 5]
     chance.shuffle(kills)
     runs = [
         run(straight, 2, 2, *often),
@@ -80,7 +80,7 @@ def test_killed_at_any_moment(run: Entry, tmp_path: Path) -> None:
     assert results(killed) == results(straight)
     assert_same_weights(killed, straight)
     steps = [whole.info.step for whole in checkpoints(killed)]
-    assert steps[-1] == 400
+    assert steps[-1] == 200
     assert len(steps) <= 2  # the newest, and the one that was gone on from
 
 
