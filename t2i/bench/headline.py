@@ -93,8 +93,8 @@ def bench_headline(out: Path, ways: Sequence[str], *, batch: int, json_output: b
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
         numbers = (
-            row.step_seconds, row.peak_gib, row.planned_gib, row.first_run, row.resumed_run, row.export_seconds, row.sample_seconds,
-            row.checkpoint_gib,
+            row.step_seconds, row.peak_gib, row.planned_gib, row.first_run, row.resumed_run, row.export_seconds,
+            row.sample_seconds, row.checkpoint_gib,
         )  # fmt: skip
         table.add_row(row.way, *(f"{number:.1f}" for number in numbers))
     Console(width=140).print(table)
