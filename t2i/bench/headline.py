@@ -150,7 +150,8 @@ def _one(recipe: Recipe, way: str, out: Path, batch: int) -> HeadlineRow:
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), rows
     per_step = [2 // ranks * batch * ranks / row["samples_per_s"] for row in rows]
-    caption = max(len(ShardSet(recipe.data.path).read_encoded(i).states) for i in range(SAMPLES))
+    states = [ShardSet(recipe.data.path).read_encoded(i).states for i in range(SAMPLES)]
+    caption = max(len(one) for one in states if one is not None)
     planned = memory(recipe, Arrangement.of(config), ranks, caption, processor=True).peak
     return HeadlineRow(
         way, ranks, sum(per_step) / len(per_step), max(first[1], resumed[1]) / 2**30, ranks * planned / 2**30, first[0],

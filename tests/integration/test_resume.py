@@ -24,10 +24,11 @@ STOPS = (7, 13, 29)
 
 @pytest.fixture(scope="module")
 def recipe(data: Path) -> Recipe:
-    """40 steps with dropout, dropped captions and an average, and a checkpoint now and then."""
+    """40 steps with dropout, dropped captions and an average, and a checkpoint now and then; one of the stops is at a step
+    whose validation is due."""
     small = small_recipe(data)
     train = replace(
-        small.train, steps=STEPS, sample_every=0, judge_every=0, validate_every=20, save_every=10, keep_last=3
+        small.train, steps=STEPS, sample_every=0, judge_every=0, validate_every=13, save_every=10, keep_last=3
     )
     return replace(small, train=train)
 

@@ -4,7 +4,8 @@ run that change how it computes and not what."""
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,45 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_as_asked(run: Entr
     # The one that was stopped went on from step 2, and wrote what it could not write before.
     assert [one.info.step for one in checkpoints(stopped)] == [2, 4, 6, 8]
     assert losses(stopped) == losses(gone_on) == losses(blocking)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot mount a file system here: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_file_system_without_room_for_a_single_row(run: Entry, small_disk: Path, tmp_path: Path) -> None:
+    run_dir = small_disk / "run"
+    often = ("--train.save-every", "2", "--train.on-save-error", "continue", "--train.sample-every", "4")
+    (answer,) = forked(tmp_path, [run(run_dir, 2, 2, *often, trouble="full file system")])
+    log = (tmp_path / "scenario.log").read_text()
+    assert answer["codes"] == [0, 0], log
+    assert "its rows wait for the next time" in log
+    assert [one.info.step for one in checkpoints(run_dir)] == [2, 6, 8]
+    assert len(losses(run_dir)) == STEPS
+    (row,) = [row for row in rows(run_dir) if "save_error" in row]
+    assert "No space left" in row["save_error"] or "MiB left" in row["save_error"]
+
+
+def test_all_ranks_go_on_from_the_same_checkpoint(run: Entry, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    answers = forked(
+        tmp_path,
+        [run(straight, 2, 2), run(stopped, 2, 2, signal_at=6), run(stopped, 2, 2, trouble="late checkpoints")],
+    )
+    assert [answer["codes"] for answer in answers] == [[0, 0], [85, 85], [0, 0]], (
+        tmp_path / "scenario.log"
+    ).read_text()
+    assert losses(stopped) == losses(straight)
 
 
 def test_a_sample_that_cannot_be_read_any_more(run: Entry, data: Path, tmp_path: Path) -> None:
