@@ -161,14 +161,14 @@ def late_checkpoints() -> None:
     checkpoint.checkpoints = watched
 
 
-def full_file_system(step: int) -> None:
-    """The file system of the run folder is full from the saving of this step to the next."""
+def full_file_system(first: int, last: int) -> None:
+    """The file system of the run folder is full from the saving of one step to that of another."""
     begin = checkpoint.Saver.begin
 
     def filling(self: Any, now: int, *arguments: Any) -> Any:
         filler = self.run_dir.parent / "filler"
         filler.unlink(missing_ok=True)
-        if now == step:
+        if first <= now < last:
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
                 for size in (1 << 20, 1 << 10, 1):
                     with contextlib.suppress(OSError):
@@ -183,7 +183,7 @@ TROUBLES: dict[str, Callable[[], None]] = {
     "two steps without numbers": lambda: no_numbers((3, 5)),
     "two steps in a row without numbers": lambda: no_numbers((3, 4)),
     "full disk": lambda: full_disk(4),
-    "full file system": lambda: full_file_system(4),
+    "full file system": lambda: full_file_system(4, 20),
     "late checkpoints": late_checkpoints,
     "reading for ever": lambda: at_reading(40, reading_for_ever),
     "stopped": lambda: at_reading(40, lambda: os.kill(os.getpid(), signal.SIGSTOP)),

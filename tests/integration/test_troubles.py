@@ -117,15 +117,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_file_system_without_room_for_a_single_row(run: Entry, small_disk: Path, tmp_path: Path) -> None:
     run_dir = small_disk / "run"
-    often = ("--train.save-every", "2", "--train.on-save-error", "continue", "--train.sample-every", "4")
+    often = ("--train.steps", "24", "--train.save-every", "4", "--train.sample-every", "8")
+    often += ("--train.on-save-error", "continue")
     (answer,) = forked(tmp_path, [run(run_dir, 2, 2, *often, trouble="full file system")])
     log = (tmp_path / "scenario.log").read_text()
     assert answer["codes"] == [0, 0], log
     assert "its rows wait for the next time" in log
-    assert [one.info.step for one in checkpoints(run_dir)] == [2, 6, 8]
-    assert len(losses(run_dir)) == STEPS
-    (row,) = [row for row in rows(run_dir) if "save_error" in row]
-    assert "No space left" in row["save_error"] or "MiB left" in row["save_error"]
+    steps = [one.info.step for one in checkpoints(run_dir)]
+    assert steps in ([20, 24], [24])  # at 20 one rank makes room while the other looks for it
+    assert len(losses(run_dir)) == 24
+    errors = [row["save_error"] for row in rows(run_dir) if "save_error" in row]
+    assert len(errors) == 6 - len(steps)
+    assert all("No space left" in error or "MiB left" in error for error in errors)
 
 
 def test_all_ranks_go_on_from_the_same_checkpoint(run: Entry, tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_a_sample_that_cannot_be_read_any_more(run: Entry, data: Path, tmp_path:
         assert [row["unreadable"] for row in rows(folder) if "loss" in row][-1] == 1
     # Whichever rank meets it: the same sample stands in its place.
     assert losses(goes_on) == pytest.approx(losses(alone), rel=0, abs=1e-5)
-    assert f"trains on another sample in place of number {number}: sample {shards.key(number)!r}" in log
+    assert f"takes another sample in place of number {number}: sample {shards.key(number)!r}" in log
 
 
 def test_a_run_starts_from_the_weights_of_another(run: Entry, trained: Stage, tmp_path: Path) -> None:
