@@ -146,7 +146,9 @@ def _one(recipe: Recipe, way: str, out: Path, batch: int) -> HeadlineRow:
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     t2i = [sys.executable, "-m", "t2i.cli"]
     exported = _run([*t2i, "export", str(folder / "run"), "--out", str(folder / "export")], 1)
-    sampled = _run([*t2i, "sample", str(folder / "export"), PROMPT, "--out", str(folder / "sample.png")], 1)
+    sampled = _run(
+        [*t2i, "sample", str(folder / "export"), PROMPT, "--images", "1", "--out", str(folder / "sample.png")], 1
+    )
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), rows
     per_step = [2 // ranks * batch * ranks / row["samples_per_s"] for row in rows]
