@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,17 +224,19 @@ class Mask2FormerDetector:
         return F.pad(normal_B3HW, (0, padded[1] - scaled[1], 0, padded[0] - scaled[0]))
 
 
-def _load(folder: Path) -> torch.nn.Module:
+def _load(folder: Path) -> Any:
+    """The network, a Mask2FormerForUniversalSegmentation, with all of its weights from the folder."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     try:
-        model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:  # whatever a damaged file makes of the libraries that read it
         reason = str(error).partition("\n")[0]
         raise ValueError(f"detector {folder} cannot be loaded ({reason}); fetch it again") from error
     # The criterion is of training alone; transformers would draw anything else that is missing at random.
+    model, report = loaded  # transformers' types know of no report
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("criterion."))
     misfits = [*missing, *(str(misfit) for misfit in report["mismatched_keys"])]
     if misfits:
@@ -241,5 +244,4 @@ def _load(folder: Path) -> torch.nn.Module:
             f"the weights in {folder} lack or misfit {len(misfits)} parameters of its config.json, "
             f"such as {misfits[0]}; fetch it again"
         )
-    assert isinstance(model, torch.nn.Module)
     return model

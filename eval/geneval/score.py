@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _prompt(folder: Path, images_per_prompt: int | None) -> PromptPictures:
         if path.stem.isdecimal() and path.suffix.lower() in SUFFIXES and path.is_file()
     ]
     files = sorted(found, key=lambda path: (int(path.stem), path))
-    for one, other in zip(files, files[1:], strict=False):
+    for one, other in pairwise(files):
         if int(one.stem) == int(other.stem):
             raise ValueError(f"{folder / SAMPLES} has picture {int(one.stem)} twice: {one.name} and {other.name}")
     return PromptPictures(int(folder.name), metadata, tuple(files[:images_per_prompt]))
