@@ -15,8 +15,8 @@ Source: GenEval, evaluation/evaluate_images.py (ImageCrops, color_classification
 Published numbers were taken under autocast; here everything is float32.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.factory import parse_model_name
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from PIL import Image as PillowImage
@@ -32,7 +33,7 @@ from torch import Tensor
 from eval.files import files_sha256
 from eval.geneval.detections import Detection, Image
 from eval.geneval.prompts import COLORS
-from eval.geneval.weights import not_here
+from eval.geneval.weights import not_here, snapshot
 
 __all__ = ["TEMPLATES", "ClipColors", "ClipWeights", "find_clip", "object_crop"]
 
@@ -47,18 +48,20 @@ class ClipWeights:
 
     Attributes:
         arch: open_clip's name of the architecture, or local-dir:FOLDER.
-        pretrained: open_clip's tag of the weights, or a file; None where the folder of `arch` has them.
+        pretrained: The file of the weights; None where the folder of `arch` has them.
         quick_gelu: Whether the model computes with QuickGELU; None is what its configuration says.
-        files: The files that decide what it says.
+        files: The files that decide what it says, in one folder.
+        preprocessing: How pictures are brought to it, where that is not what open_clip does by default.
     """
 
     arch: str
     pretrained: str | None
     quick_gelu: bool | None
     files: tuple[Path, ...]
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> str:
-        """Of the files, which lie in one folder, in hexadecimal."""
+        """Of the files, in hexadecimal."""
         return files_sha256(self.files[0].parent, self.files)
 
 
@@ -86,17 +89,12 @@ def find_clip(arch: str, pretrained: str, quick_gelu: bool | None = None) -> Cli
             "local-dir:FOLDER"
         )
     if known := get_pretrained_cfg(arch, pretrained):
-        try:
-            file = Path(download_pretrained(known))
-        except Exception as error:  # hub, HTTP and file system errors have no common class
-            repository = known.get("hf_hub", "").rstrip("/") or known.get("url", "")
-            fetch = f"hf download {repository} open_clip_model.safetensors --local-dir DIR"
-            raise not_here(
-                f"CLIP {arch} {pretrained}", error, fetch, "--clip-pretrained DIR/open_clip_model.safetensors"
-            ) from error
-        return ClipWeights(
-            arch, pretrained, known.get("quick_gelu", False) if quick_gelu is None else quick_gelu, (file,)
-        )
+        file = _of_tag(arch, pretrained, known)
+        preprocessing = {
+            f"image_{name}": known[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in known
+        }
+        gelu = known.get("quick_gelu", False) if quick_gelu is None else quick_gelu
+        return ClipWeights(arch, str(file), gelu, (file,), preprocessing)
     file = Path(pretrained).expanduser()
     if not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
@@ -104,6 +102,21 @@ def find_clip(arch: str, pretrained: str, quick_gelu: bool | None = None) -> Cli
     if quick_gelu is None:
         quick_gelu = get_pretrained_cfg(arch.removesuffix("-quickgelu"), "openai").get("quick_gelu")
     return ClipWeights(arch, str(file), quick_gelu, (file,))
+
+
+def _of_tag(arch: str, tag: str, known: Mapping[str, Any]) -> Path:
+    """The file of a tag's weights, from the cache or fetched."""
+    repository, _, name = known.get("hf_hub", "").rpartition("/")
+    names = [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+    try:
+        if not repository:
+            return Path(download_pretrained(known))
+        folder = snapshot(repository, [], [[name] for name in names])
+        return next(folder / name for name in names if (folder / name).is_file())
+    except Exception as error:  # hub, HTTP and file system errors have no common class
+        fetch = f"hf download {repository} {names[0]} --local-dir DIR" if repository else f"curl -O {known['url']}"
+        file = names[0] if repository else Path(known["url"]).name
+        raise not_here(f"CLIP {arch} {tag}", error, fetch, f"--clip-pretrained DIR/{file}") from error
 
 
 def object_crop(image: Image, detection: Detection) -> PillowImage.Image:
@@ -158,7 +171,9 @@ class ClipColors:
 
 def _load(weights: ClipWeights) -> tuple[Any, Any]:
     """The model and its preprocessing of one PIL image."""
-    options: dict[str, Any] = {} if weights.quick_gelu is None else {"force_quick_gelu": weights.quick_gelu}
+    options: dict[str, Any] = dict(weights.preprocessing)
+    if weights.quick_gelu is not None:
+        options["force_quick_gelu"] = weights.quick_gelu
     if weights.quick_gelu is False:
         options["quick_gelu"] = False  # also where the configuration says otherwise, which "force" does not undo
     try:
