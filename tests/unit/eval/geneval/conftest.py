@@ -80,7 +80,7 @@ def small_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
         projection.bias.sub_(pixels.eval()(torch.randn(1, 3, 64, 64)).decoder_last_hidden_state.mean((0, 2, 3)))
         # A channel that is 1 everywhere, which takes 6 from all logits: what is left are spots.
         projection.weight[0], projection.bias[0] = 0.0, 1.0
-        last = list(model.model.transformer_module.decoder.mask_predictor.mask_embedder.children())[-1][0]
+        last = model.get_submodule("model.transformer_module.decoder.mask_predictor.mask_embedder.2.0")
         last.weight[0], last.bias[0] = 0.0, -6.0
     folder = tmp_path_factory.mktemp("detector")
     model.save_pretrained(folder)
