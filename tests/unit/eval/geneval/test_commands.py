@@ -88,13 +88,13 @@ def test_deleted_pictures_are_drawn_again_and_no_others(
     call: Call, export: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    draw = TextToImagePipeline.__call__
+    draw = TextToImagePipeline.tokens
 
     def counted(self: TextToImagePipeline, items: list[str], *args: object, **options: object) -> object:
         drawn.append(len(items))
         return draw(self, items, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TextToImagePipeline, "__call__", counted)
+    monkeypatch.setattr(TextToImagePipeline, "tokens", counted)
     arguments = ["generate", export, "--prompts", prompts, "--out", tmp_path / "images", "--images-per-prompt", "2"]
     assert call(*arguments, "--batch-size", "100") == 0
     assert drawn == [24]  # a batch is as large as was asked for, across prompts
