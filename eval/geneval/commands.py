@@ -1,6 +1,7 @@
 """`t2i geneval prompts`, `generate`, `score` and `run`. Handlers import what they need when they run: help is quick."""
 
 import json as json_module
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -119,7 +120,7 @@ def geneval_score(
         prompts, out, judging, ranks=ranks, batch_size=batch_size, more={"images": str(images)}
     )  # fmt: skip
     if scores is None:
-        print(_unfinished(ranks, out))
+        print(_unfinished(ranks, out), file=sys.stderr if json else sys.stdout)
         return
     write_summary(scores, out)
     if json:
