@@ -92,10 +92,13 @@ class Inspection:
                 grid.save(path)
         return path
 
-    def judged(self, step: int, judge: Judge) -> dict[str, float]:
-        """What a judge says of the model's pictures, on the first rank; nothing elsewhere."""
+    def judged(self, step: int, judge: Judge | None) -> dict[str, float]:
+        """What a judge says of the model's pictures, on the first rank, which has to have one; nothing elsewhere."""
         with self._drawing(step) as pipe:
-            return {} if pipe is None else judge(pipe)
+            if pipe is None:
+                return {}
+            assert judge is not None, "the first rank has no judge"
+            return judge(pipe)
 
     def _prompts(self) -> list[Any]:
         """The recipe's prompts, or eight conditions from the end of the set, which is kept for validation."""

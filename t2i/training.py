@@ -63,7 +63,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime, judge: Judge | None = None
     ) -> None:
-        """`judge` is asked every `train.judge_every` steps."""
+        """`judge` is what the first rank asks every `eval.geneval_every` steps."""
         self.recipe, self.runtime, self._judge_of_pictures = recipe, runtime, judge
         train = recipe.train
         self.shards = ShardSet(recipe.data.path)
@@ -205,7 +205,7 @@ class Trainer:
                 if train.sample_every and (step % train.sample_every == 0 or step == train.steps):
                     with window.paused(), progress.busy("sampling"):
                         log.image(step, self.inspection.sample_grid(step))
-                if self._judge_of_pictures and (step % train.judge_every == 0 or step == train.steps):
+                if recipe.eval.geneval_every and (step % recipe.eval.geneval_every == 0 or step == train.steps):
                     with window.paused(), progress.busy("judging"):
                         log.write({"step": step, **self.inspection.judged(step, self._judge_of_pictures)})
                 ends = stops > 0 or step == train.steps

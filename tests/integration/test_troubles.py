@@ -26,8 +26,8 @@ Stage = Callable[[int], Path]
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
     recipe = small_recipe(data)
-    quiet = replace(recipe.train, sample_every=0, judge_every=0, validate_every=100, save_every=4)
-    return entries(replace(recipe, train=quiet), tmp_path_factory.mktemp("configs"))
+    quiet = replace(recipe.train, sample_every=0, validate_every=100, save_every=4)
+    return entries(replace(recipe, train=quiet, eval=EvalConfig()), tmp_path_factory.mktemp("configs"))
 
 
 def odd_steps(run_dir: Path) -> list[dict[str, object]]:
