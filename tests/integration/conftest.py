@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from t2i.config import EvalConfig, DataConfig, Recipe, TrainConfig, to_json
+from t2i.config import DataConfig, EvalConfig, Recipe, TrainConfig, to_json
 from t2i.recipes import shapes_tiny
 
 ROOT = Path(__file__).parents[2]

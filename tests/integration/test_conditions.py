@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 from t2i.encoding import encode
 from t2i.export import export, merged_weights
 from t2i.pipeline import TextToImagePipeline

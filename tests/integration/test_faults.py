@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 
 from .conftest import ROOT, TIMEOUT, Entry, entries, environment, forked, free_port, results, rows, small_recipe
 from .test_training import assert_same_weights

@@ -14,6 +14,7 @@ import torch
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import LaneOrder
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 from t2i.export import merged_weights
 
 from .conftest import ROOT, STEPS, VALIDATION, Entry, entries, forked, losses, rows, small_recipe

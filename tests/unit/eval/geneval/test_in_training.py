@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,9 @@ from eval.in_training import first_of_each_task, geneval_judge
 from t2i.config import EvalConfig
 from t2i.pipeline import TextToImagePipeline
 
-from .conftest import MakeExport
-
 
 @pytest.fixture(scope="module")
-def pipe(make_export: MakeExport) -> TextToImagePipeline:
+def pipe(make_export: Callable[..., Path]) -> TextToImagePipeline:
     return TextToImagePipeline.from_pretrained(make_export())
 
 
