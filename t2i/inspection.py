@@ -52,7 +52,7 @@ class Inspection:
         every = {
             "validating": recipe.train.validate_every if recipe.data.validation else 0,
             "sampling": recipe.train.sample_every,
-            "judging": recipe.train.judge_every,
+            "judging": recipe.eval.geneval_every,
         }
         return {what for what, steps in every.items() if steps and (last or step % steps == 0)}
 

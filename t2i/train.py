@@ -68,10 +68,10 @@ def main() -> int:
             watchdog=watchdog, share=partial(broadcast_bytes, runtime),
         ) as monitor:  # fmt: skip
             judge = None
-            if recipe.train.judge_every:
-                from eval.in_training import shapes_judge
+            if recipe.eval.geneval_every and runtime.is_first:
+                from eval.in_training import geneval_judge
 
-                judge = shapes_judge(recipe.train.judge_prompts, recipe.train.seed)
+                judge = geneval_judge(recipe.eval, recipe.train.seed, str(runtime.device))
             trainer = Trainer(recipe, deepspeed_config, runtime, judge)
             started = True
             monitor.open_log()

@@ -56,7 +56,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, deepspeed_config: dict[str, Any], runtime: Runtime, judge: Judge | None = None
     ) -> None:
-        """`judge` is asked every `train.judge_every` steps."""
+        """`judge` is what the first rank asks every `eval.geneval_every` steps."""
         self.recipe, self.runtime = recipe, runtime
         train = recipe.train
         self.shards = ShardSet(recipe.data.path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 
 from .conftest import ROOT, TIMEOUT, Entry, entries, environment, forked, free_port, results, rows, small_recipe
 from .test_training import assert_same_weights
@@ -27,8 +28,8 @@ OFTEN = ("--train.steps", "120", "--train.save-every", "10")
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
     recipe = small_recipe(data)
-    quiet = replace(recipe.train, sample_every=0, judge_every=0, validate_every=10**6, keep_last=2)
-    return entries(replace(recipe, train=quiet), tmp_path_factory.mktemp("configs"))
+    quiet = replace(recipe.train, sample_every=0, validate_every=10**6, keep_last=2)
+    return entries(replace(recipe, train=quiet, eval=EvalConfig()), tmp_path_factory.mktemp("configs"))
 
 
 def log(run_dir: Path, rank: int, kind: str = "log") -> str:

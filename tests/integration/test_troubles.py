@@ -15,6 +15,7 @@ import torch
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import LaneOrder
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 from t2i.export import merged_weights
 
 from .conftest import ROOT, STEPS, VALIDATION, Entry, entries, forked, losses, rows, small_recipe
@@ -27,8 +28,8 @@ Stage = Callable[[int], Path]
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
     recipe = small_recipe(data)
-    quiet = replace(recipe.train, sample_every=0, judge_every=0, validate_every=100, save_every=4)
-    return entries(replace(recipe, train=quiet), tmp_path_factory.mktemp("configs"))
+    quiet = replace(recipe.train, sample_every=0, validate_every=100, save_every=4)
+    return entries(replace(recipe, train=quiet, eval=EvalConfig()), tmp_path_factory.mktemp("configs"))
 
 
 def odd_steps(run_dir: Path) -> list[dict[str, object]]:
