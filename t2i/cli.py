@@ -1,4 +1,4 @@
-"""The `t2i` command: data, tokenizer, encoding, export, published weights, sampling, benchmarks, evaluation.
+"""The `t2i` command: data, tokenizer, encoding, plan, doctor, export, published weights, sampling, benchmarks, evaluation.
 
 Training has an entry point of its own, for the launcher: `deepspeed t2i/train.py RECIPE ...`. Handlers import what they
 need when they run, so that help is quick and an installation without the `eval` extra works.
@@ -21,8 +21,8 @@ EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
 
 HELP = (
     "From image-text pairs to a text-to-image model and its score. In order: data, encode, then training with "
-    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Before a long run: doctor. Published "
-    "weights: convert. Speed: bench."
+    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Before a long run: plan, doctor. "
+    "Published weights: convert. Speed: bench."
 )
 
 app = SubcommandApp()
@@ -363,7 +363,7 @@ def sample(
     print(f"{len(conditions)} {'clips' if pipe.draws_clips else 'pictures'} in {out}")
 
 
-app.command(bench, name="bench", help="Measure decoding and the training step on this machine.")
+app.command(bench, name="bench", help="Measure decoding, training steps, the loader and a headline run here.")
 
 app.command(name="doctor")(Doctor)
 

@@ -1,6 +1,7 @@
 """DeepSpeed and torch.distributed, behind the few calls that the training loop makes.
 
-One of the three modules that know either; the loop, the model and the data know ranks only as numbers.
+One of the three modules that know either, with `t2i.monitor` and `t2i.doctor.probe`; the loop, the model and the data know
+ranks only as numbers.
 """
 
 import datetime
