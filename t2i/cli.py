@@ -363,7 +363,7 @@ def sample(
     print(f"{len(conditions)} {'clips' if pipe.draws_clips else 'pictures'} in {out}")
 
 
-app.command(bench, name="bench", help="Measure decoding, training steps, the loader and a headline run here.")
+app.command(bench, name="bench", help="Measure decoding, training steps, the loader and a whole run of NAR-XL here.")
 
 app.command(name="doctor")(Doctor)
 

@@ -115,12 +115,24 @@ def test_write_speed_is_that_of_all_hosts_together() -> None:
     slow = findings(
         group=tuple(replace(group(rank), write_seconds=20.0 if rank % 2 == 0 else 0.0) for rank in range(4))
     )
-    assert checks.saving(slow)[0].status == "yellow"
-    endless = findings(group=tuple(replace(facts, write_seconds=2 * facts.write_seconds) for facts in slow.group))
-    assert checks.saving(endless)[0].status == "yellow"
-    waiting = replace(endless, plan=plan(background_save=False))
-    assert checks.saving(waiting)[0].status == "red"
-    assert "background_save" in checks.saving(waiting)[0].remedy
+    row = checks.saving(slow)[0]
+    assert row.status == "yellow"
+    assert "background_save" in row.remedy
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("watchdog", "status"), [(1800.0, "red"), (2100.0, "yellow"), (0.0, "yellow")], ids=["less", "more", "none"]
+)
+def test_a_save_may_take_as_long_as_the_watchdog_waits(background: bool, watchdog: float, status: str) -> None:
+    wrote = tuple(replace(group(rank), write_seconds=100.0 if rank % 2 == 0 else 0.0) for rank in range(4))
+    made = plan(watchdog_seconds=watchdog, background_save=background)
+    row = checks.saving(findings(plan=made, group=wrote))[0]
+    assert (row.check, row.status) == ("write speed", status)
+    assert "takes about 35 min" in row.seen
+    if status == "red":
+        assert "train.watchdog_seconds 1800 ends a run that waits longer" in row.seen
+        assert "set train.watchdog_seconds above 2,086" in row.remedy
 
 
 def test_free_space_against_the_checkpoints_that_are_kept() -> None:
