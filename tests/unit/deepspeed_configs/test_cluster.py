@@ -221,6 +221,26 @@ def test_a_pod_has_to_know_its_gpus(start: Start) -> None:
     assert "GPUS_PER_POD: how many GPUs the pod has" in output
 
 
+def environment_of(pod_spec: dict[str, Any], claim: dict[str, Any], name: str) -> dict[str, str]:
+    """The variables of a pod's only container, which fits together with its volumes and its script."""
+    assert pod_spec["terminationGracePeriodSeconds"] >= 300
+    (container,) = pod_spec["containers"]
+    assert container["name"] == name
+    (command,) = container["command"]
+    assert ROOT / command == CLUSTER / "pod.sh"
+    recipe, option, config, *_ = container["args"]
+    assert recipe in RECIPES
+    assert (option, (ROOT / config).is_file()) == ("--deepspeed_config", True)
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert all(isinstance(value, str) for value in environment.values())
+    assert int(environment["GPUS_PER_POD"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    volumes = {one["name"]: one for one in pod_spec["volumes"]}
+    mounts = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
+    assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    assert mounts["/shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    return environment
+
+
 def test_the_pytorchjob_fits_together() -> None:
     claim, job = yaml.safe_load_all((CLUSTER / "pytorchjob.yaml").read_text())
     assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
@@ -234,22 +254,25 @@ def test_the_pytorchjob_fits_together() -> None:
     assert replicas["Master"]["replicas"] == 1
     for spec in replicas.values():
         assert spec["restartPolicy"] == "OnFailure"
-        pod_spec = spec["template"]["spec"]
-        assert pod_spec["terminationGracePeriodSeconds"] >= 300
-        (container,) = pod_spec["containers"]
-        assert container["name"] == "pytorch"
-        (command,) = container["command"]
-        assert ROOT / command == CLUSTER / "pod.sh"
-        recipe, option, config, *_ = container["args"]
-        assert recipe in RECIPES
-        assert (option, (ROOT / config).is_file()) == ("--deepspeed_config", True)
-        environment = {one["name"]: one["value"] for one in container["env"]}
-        assert all(isinstance(value, str) for value in environment.values())
-        assert int(environment["GPUS_PER_POD"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-        volumes = {one["name"]: one for one in pod_spec["volumes"]}
-        mounts = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
-        assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
-        assert mounts["/shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        environment_of(spec["template"]["spec"], claim, "pytorch")
+
+
+def test_the_job_of_one_node_starts_all_of_its_ranks_and_ends_after_a_mistake(start: Start, tmp_path: Path) -> None:
+    claim, job = yaml.safe_load_all((CLUSTER / "job.yaml").read_text())
+    assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    template = job["spec"]["template"]["spec"]
+    assert template["restartPolicy"] == "Never"  # Kubernetes takes a podFailurePolicy with no other
+    environment = environment_of(template, claim, "train")
+    code, output = ended(start("pod.sh", "nar-b-256", rank_codes="2 2 2 2 2 2 2 2", **environment))
+    mistake, eviction = job["spec"]["podFailurePolicy"]["rules"]
+    assert (mistake["action"], mistake["onExitCodes"]["containerName"]) == ("FailJob", "train")
+    assert (mistake["onExitCodes"]["operator"], mistake["onExitCodes"]["values"]) == ("In", [code]), output
+    assert (eviction["action"], eviction["onPodConditions"]) == ("Ignore", [{"type": "DisruptionTarget"}])
+    for rank in range(8):
+        assert (
+            tmp_path / f"rank-{rank}"
+        ).read_text() == f"{rank} {rank} 8 8 localhost 29500 '-u''t2i/train.py''nar-b-256'\n"
 
 
 # Hostfile and network
