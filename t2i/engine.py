@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from t2i.costs import checkpoint_bytes
 from t2i.threads import cores_per_rank
 from t2i.zero_shards import SavedStates, restore
 
@@ -263,8 +264,8 @@ class Engine:
         self.deepspeed.checkpoint_engine = writer
 
     def checkpoint_bytes(self, averaged: bool) -> int:
-        """About how large a checkpoint is: weights as they are trained; in fp32 weights, two moments, perhaps an average."""
-        return self.n_parameters * (self.dtype.itemsize + 4 * (4 if averaged else 3))
+        """About how large a checkpoint is; `averaged`: with an average of the weights."""
+        return checkpoint_bytes(self.n_parameters, self.stage, self.dtype.itemsize, averaged)
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint of as many ranks and the same stage."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from t2i.costs import checkpoint_bytes
 from t2i.doctor.findings import Findings, Row, differing, gib, names, seconds
 
 CLOCK_YELLOW, CLOCK_RED = 1.0, 30.0
@@ -175,16 +176,10 @@ def run_folder(f: Findings) -> list[Row]:
     return rows
 
 
-def checkpoint_bytes(f: Findings) -> int:
-    """About how large a checkpoint is, as `Engine.checkpoint_bytes` has it."""
-    half = any(f.config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
-    averaged = f.plan.recipe.train.ema_decay > 0
-    return f.parameters * ((2 if half else 4) + 4 * (4 if averaged else 3))
-
-
 def saving(f: Findings) -> list[Row]:
     """Write speed, free space and memory against a checkpoint."""
-    size, train = checkpoint_bytes(f), f.plan.recipe.train
+    train = f.plan.recipe.train
+    size = checkpoint_bytes(f.parameters, f.stage, f.item, train.ema_decay > 0)
     if not f.group or any(facts.folder_error for facts in f.group):
         return []
     rows = [_write_speed(f, size)] if any(facts.write_seconds > 0 for facts in f.group) else []
@@ -267,8 +262,7 @@ def _reduce_speed(f: Findings) -> Row:
     took = max(facts.reduce_seconds for facts in f.group)
     speed = f.plan.reduce_bytes / took
     bus = speed * 2 * (f.ranks - 1) / f.ranks
-    half = any(f.config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
-    gradients = f.parameters * (2 if half else 4)
+    gradients = f.parameters * f.item
     step = gradients / speed
     seen = (
         f"{gib(f.plan.reduce_bytes)} in {seconds(took)}: algorithm {speed / 1e9:.2f} GB/s, bus {bus / 1e9:.2f} GB/s; "

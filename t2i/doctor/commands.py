@@ -107,9 +107,9 @@ def _findings(plan: "Plan", launched: "Launched", hostfile: Path | None) -> "Fin
     import json
     import os
 
+    from t2i.costs import parameters
     from t2i.doctor.findings import Findings
     from t2i.doctor.local import gather_local, this_device
-    from t2i.doctor.size import count_parameters
 
     inbox = launched.inbox
     hosts = inbox.hosts or (_hosts_in(hostfile) if hostfile is not None else {})
@@ -138,7 +138,7 @@ def _findings(plan: "Plan", launched: "Launched", hostfile: Path | None) -> "Fin
         local=local,
         group=tuple(facts for _, facts in sorted(inbox.group.items())),
         config=config if isinstance(config, dict) else {},
-        parameters=count_parameters(plan.recipe),
+        parameters=sum(parameters(plan.recipe).values()),
     )
 
 
