@@ -47,14 +47,10 @@ def doctor(args: Sequence[str]) -> int:
     import tyro
 
     options, rest = tyro.cli(Doctor, args=list(args), return_unknown_args=True, prog="t2i doctor")
-    from t2i.config import Recipe
-    from t2i.recipes import find_recipe
+    from t2i.recipes import changed_recipe
 
-    recipe = tyro.cli(
-        tyro.conf.AvoidSubcommands[Recipe], default=find_recipe(options.recipe), args=rest,
-        prog=f"t2i doctor {options.recipe} --deepspeed-config FILE",
-    )  # fmt: skip
-    return examine(options, recipe)
+    prog = f"t2i doctor {options.recipe} --deepspeed-config FILE"
+    return examine(options, changed_recipe(options.recipe, rest, prog))
 
 
 def examine(options: Doctor, recipe: "Recipe") -> int:
