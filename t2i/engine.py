@@ -1,6 +1,7 @@
 """DeepSpeed and torch.distributed, behind the few calls that the training loop makes.
 
-One of the three modules that know either; the loop, the model and the data know ranks only as numbers.
+One of the three modules that know either, with `t2i.monitor` and `t2i.doctor.probe`; the loop, the model and the data know
+ranks only as numbers.
 """
 
 import datetime
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from t2i.costs import checkpoint_bytes
 from t2i.threads import cores_per_rank
 from t2i.zero_shards import SavedStates, restore
 
@@ -277,8 +279,8 @@ class Engine:
         self.deepspeed.checkpoint_engine = writer
 
     def checkpoint_bytes(self, averaged: bool) -> int:
-        """About how large a checkpoint is: weights as they are trained; in fp32 weights, two moments, perhaps an average."""
-        return self.n_parameters * (self.dtype.itemsize + 4 * (4 if averaged else 3))
+        """About how large a checkpoint is; `averaged`: with an average of the weights."""
+        return checkpoint_bytes(self.n_parameters, self.stage, self.dtype.itemsize, averaged)
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint of as many ranks and the same stage."""

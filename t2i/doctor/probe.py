@@ -1,7 +1,7 @@
 """The probe on every rank: `deepspeed --module t2i.doctor.probe PLAN`, as `t2i doctor` starts it.
 
-Each rank tells what it knows before it meets the others, so that it is known if it never does. Besides the engine and the
-checkpoints this is the one module that knows torch.distributed.
+Each rank tells what it knows before it meets the others, so that it is known if it never does. Besides `t2i.engine` and
+`t2i.monitor` this is the one module that knows torch.distributed.
 """
 
 import os
