@@ -39,8 +39,12 @@ PROMPT = "a photo of a red circle"
 _ZERO: dict[str, Any] = {"overlap_comm": False, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO 2, one rank": (1, {"stage": 2, **_ZERO}),
-    "ZeRO 3, two ranks": (2, {"stage": 3, **_ZERO, "sub_group_size": 100_000_000}),
-}
+    "ZeRO 3, two ranks": (2, {
+        "stage": 3, **_ZERO, "sub_group_size": 100_000_000,
+        # Each rank would hold the whole model otherwise, from the first forward pass on.
+        "stage3_max_live_parameters": 100_000_000, "stage3_max_reuse_distance": 100_000_000,
+    }),
+}  # fmt: skip
 """Ranks and `zero_optimization` of each."""
 # What the C library keeps back of freed memory would otherwise not leave room for the model.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
