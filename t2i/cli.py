@@ -399,6 +399,29 @@ def geneval_run(
     )  # fmt: skip
 
 
+@geneval.command(name="report")
+def geneval_report(
+    results: Positional[tuple[str, ...]],
+    out: Path = Path("report.html"),
+    images: tuple[Path, ...] = (),
+    run_dir: Path | None = None,
+    thumbnail: int = 192,
+) -> None:
+    """One HTML page of the results of one model, or of several side by side: scores, differences, every picture.
+
+    Args:
+        results: Of each model a results.jsonl, ours or of GenEval's own script, or a folder that holds one; NAME=PATH names
+            it. The others are compared with the first.
+        out: The page; it needs neither a server nor a network.
+        images: Folders that hold the pictures, where they have moved: one for each of the results, in order.
+        run_dir: The training run of the (one) model, whose loss curve goes into the page.
+        thumbnail: Pixels of the longer side of the pictures' copies in the page; smaller pictures go in as they are.
+    """
+    from eval.geneval.report import make_report
+
+    make_report(results, out, images=images, run_dir=run_dir, side=thumbnail)
+
+
 @app.command(name="score-classes")
 def score_classes(
     export: Positional[Path],

@@ -39,7 +39,8 @@ from eval.geneval.ceiling import ground_truth_pictures, reconstructed_pictures
 from eval.geneval.detectors import Detector, load_detector
 from eval.geneval.judging import Picture, judge_pictures, pictures_of
 from eval.geneval.prompts import Metadata, shapes_prompts, write_prompts
-from eval.geneval.report import Report, read_losses, write_report
+from eval.geneval.report import read_losses, write_report
+from eval.geneval.results import read_results
 from eval.geneval.statistics import Summary, score_table, summarize
 from t2i.devices import choose_device
 from t2i.pipeline import ExportDescription, TextToImagePipeline, read_description
@@ -213,19 +214,7 @@ def run_geneval(
         "ceilings": {name: ceiling.to_json() for name, ceiling in ceilings.items()},
     }
     write_text(out / "summary.json", json.dumps(document, indent=2) + "\n")
-    report = Report(
-        recipe=provenance.recipe,
-        step=provenance.step,
-        checksum=source.sha256,
-        judge=judge,
-        judged_at=judged_at,
-        summary=summary,
-        ceilings=ceilings,
-        rows=rows,
-        pictures=out,
-        losses=losses,
-    )
-    write_report(report, out / "report.html")
+    write_report([read_results(out)], out / "report.html", losses)
     console = Console()
     console.print(
         score_table(summary, ceilings, f"GenEval, judge {judge}: {provenance.recipe}, step {provenance.step}")
