@@ -31,7 +31,7 @@ const verdict = one => one.ok ? "✓ right" : "✗ wrong";
 function boxes(prompt, one, large) {
   const {width: w, height: h} = one;
   const view = drawing("svg", {viewBox: `0 0 ${w} ${h}`, "aria-hidden": "true", class: "boxes", preserveAspectRatio: "none"});
-  const size = Math.min(w, h) / (large ? 28 : 13), taken = [];
+  const taken = [];
   for (const object of one.found) {
     const [name, , , x0, y0, x1, y1] = object, place = {x: x0, y: y0, width: Math.max(0, x1 - x0), height: Math.max(0, y1 - y0)};
     const asked = prompt.asked.indexOf(name);
@@ -39,8 +39,10 @@ function boxes(prompt, one, large) {
     group.append(drawing("title", {}, label(object)), drawing("rect", {...place, class: "under"}), drawing("rect", place));
     view.append(group);
     if (asked < 0 && !large) continue;
+    // A letter is about two thirds as wide as it is high; a long label is smaller, so that all of it is in the picture.
+    const text = label(object), size = Math.min(Math.min(w, h) / (large ? 28 : 13), w * .97 / (text.length * .66));
     // Above, below or inside the box: the first place that is in the picture and free of other labels.
-    const text = label(object), wide = text.length * size * .58, x = Math.max(1, Math.min(x0, w - wide - 1));
+    const wide = text.length * size * .66, x = Math.max(1, Math.min(x0, w - wide - 1));
     const free = y => y > size && y < h - 1 && !taken.some(t => Math.abs(t.y - y) < size && x < t.x + t.wide && t.x < x + wide);
     const y = [y0 - size * .35, y1 + size * 1.05, y0 + size * 1.1, y1 - size * .4].find(free) ?? y0 + size * 2.2;
     taken.push({x, y, wide});
@@ -69,7 +71,7 @@ function enlarge(prompt, model, number, one, copy) {
   });
   const table = element("table", {}, element("caption", {}, found.length ? "What counted" : "Nothing counted"));
   if (found.length) {
-    const names = ["class", "colour", "score", "box (x0, y0, x1, y1)"].map(name => element("th", {scope: "col"}, name));
+    const names = ["class", "colour", "score", "box, in pixels"].map(name => element("th", {scope: "col"}, name));
     table.append(element("thead", {}, element("tr", {}, ...names)), element("tbody", {}, ...found));
   }
   $("large-body").replaceChildren(
