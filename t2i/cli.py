@@ -405,7 +405,7 @@ def geneval_report(
     out: Path = Path("report.html"),
     images: tuple[Path, ...] = (),
     run_dir: Path | None = None,
-    thumbnail: int = 192,
+    thumbnail: int = 160,
 ) -> None:
     """One HTML page of the results of one model, or of several side by side: scores, differences, every picture.
 

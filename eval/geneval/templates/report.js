@@ -27,18 +27,17 @@ function drawing(name, attributes = {}, text = "") {
 const label = ([name, color, score]) => [color, name, score === null ? null : score.toFixed(2)].filter(part => part !== null).join(" ");
 const verdict = one => one.ok ? "✓ right" : "✗ wrong";
 
-// What counted, over a picture: the classes of the prompt with labels, others dashed and, in small, without.
+// What counted, over a picture: below the dashed boxes of classes that the prompt does not name, which only in large have
+// labels, then those that it names, and all labels above.
 function boxes(prompt, one, large) {
   const {width: w, height: h} = one;
   const view = drawing("svg", {viewBox: `0 0 ${w} ${h}`, "aria-hidden": "true", class: "boxes", preserveAspectRatio: "none"});
-  const taken = [];
-  for (const object of one.found) {
-    const [name, , , x0, y0, x1, y1] = object, place = {x: x0, y: y0, width: Math.max(0, x1 - x0), height: Math.max(0, y1 - y0)};
-    const asked = prompt.asked.indexOf(name);
-    const group = drawing("g", {class: asked < 0 ? "other" : `c${asked % 2}`});
-    group.append(drawing("title", {}, label(object)), drawing("rect", {...place, class: "under"}), drawing("rect", place));
-    view.append(group);
-    if (asked < 0 && !large) continue;
+  const labels = [], taken = [], asked = object => prompt.asked.indexOf(object[0]);
+  for (const object of [...one.found].sort((a, b) => (asked(a) >= 0) - (asked(b) >= 0))) {
+    const [, , , x0, y0, x1, y1] = object, place = {x: x0, y: y0, width: Math.max(0, x1 - x0), height: Math.max(0, y1 - y0)};
+    const kind = asked(object) < 0 ? "other" : `c${asked(object) % 2}`;
+    view.append(drawing("rect", {...place, class: "under"}), drawing("rect", {...place, class: kind}));
+    if (kind === "other" && !large) continue;
     // A letter is about two thirds as wide as it is high; a long label is smaller, so that all of it is in the picture.
     const text = label(object), size = Math.min(Math.min(w, h) / (large ? 28 : 13), w * .97 / (text.length * .66));
     // Above, below or inside the box: the first place that is in the picture and free of other labels.
@@ -46,8 +45,9 @@ function boxes(prompt, one, large) {
     const free = y => y > size && y < h - 1 && !taken.some(t => Math.abs(t.y - y) < size && x < t.x + t.wide && t.x < x + wide);
     const y = [y0 - size * .35, y1 + size * 1.05, y0 + size * 1.1, y1 - size * .4].find(free) ?? y0 + size * 2.2;
     taken.push({x, y, wide});
-    group.append(drawing("text", {x, y, "font-size": size}, text));
+    labels.push(drawing("text", {x, y, "font-size": size, class: kind}, text));
   }
+  view.append(...labels);
   return view;
 }
 
