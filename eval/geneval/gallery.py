@@ -139,7 +139,9 @@ def make_gallery(models: Sequence[Results], side: int = LARGEST_SIDE, progress: 
             for key in order
         ),
         missing=tuple(
-            tuple(f"{file} ({copy.problem})" for (owner, file), copy in copies.items() if owner == number and copy.problem)
+            tuple(
+                f"{file} ({copy.problem})" for (owner, file), copy in copies.items() if owner == number and copy.problem
+            )
             for number in range(len(models))
         ),
     )

@@ -207,7 +207,9 @@ def _read_summary(path: Path, pictures: Sequence[Judged]) -> tuple[Source, dict[
         )
         return source, {str(name): _summary(ceiling) for name, ceiling in document.get("ceilings", {}).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); delete it or make it again") from error
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); delete it or make it again"
+        ) from error
 
 
 def _named(given: str) -> tuple[str | None, Path]:

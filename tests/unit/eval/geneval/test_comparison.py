@@ -1,6 +1,6 @@
 """Paired comparisons: against a slow oracle, and what must hold of any two sets of results."""
 
-import json
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -159,8 +159,6 @@ def test_fewer_pictures_of_a_prompt_are_no_disadvantage() -> None:
 
 
 def test_the_chance_of_a_right_one_is_that_over_all_draws() -> None:
-    from itertools import combinations
-
     for images in range(1, 6):
         for right in range(images + 1):
             for drawn in range(1, images + 1):
@@ -172,4 +170,4 @@ def test_the_same_results_give_the_same_comparison() -> None:
     first = rows_of("colors", {str(n): [n % 3 == 0, n % 2 == 0] for n in range(30)})
     second = rows_of("colors", {str(n): [n % 5 == 0, n % 2 == 0] for n in range(30)})
     assert compare(first, second) == compare(first, second)
-    assert json.dumps(compare(first, second).per_image[0].interval.low) != "NaN"
+    assert compare(first, second) != compare(first, second, seed=1)
