@@ -84,6 +84,10 @@ def score_chart(summaries: Sequence[Summary], ceilings: Sequence[Mapping[str, Su
     """
     tags = [tag for tag in (*TAGS, "overall") if any(tag in summary.tags for summary in summaries)]
     height = 0.76 / len(summaries)
+
+    def place_of(tag: str, number: int) -> float:
+        return tags.index(tag) - 0.38 + (number + 0.5) * height
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.8, 0.5 + len(tags) * max(0.3, 0.16 * len(summaries))), layout="constrained")
         axes = figure.subplots()
@@ -99,10 +103,11 @@ def score_chart(summaries: Sequence[Summary], ceilings: Sequence[Mapping[str, Su
                 capsize=min(3.0, 9 * height),
             )  # fmt: skip
             for ceiling, style in zip(limits.values(), cycle(CEILING_STYLES), strict=False):
-                there = [(place, ceiling[tag]) for place, tag in zip(places, summary.tags) if tag in ceiling.tags]
+                tags_there = [tag for tag in summary.tags if tag in ceiling.tags]
+                middles = np.array([place_of(tag, number) for tag in tags_there])
                 axes.vlines(
-                    [score.per_image.value for _, score in there], [place - height / 2 for place, _ in there],
-                    [place + height / 2 for place, _ in there], color=MARK, linewidth=1.6, linestyle=style,
+                    [ceiling[tag].per_image.value for tag in tags_there], middles - height / 2, middles + height / 2,
+                    color=MARK, linewidth=1.6, linestyle=style,
                 )  # fmt: skip
         axes.axhline(len(tags) - 1.5, color=GRID, linewidth=0.8)  # overall is no task
         axes.set_yticks(range(len(tags)), [tag.replace("_", " ") for tag in tags])

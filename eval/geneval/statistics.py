@@ -147,7 +147,7 @@ def bootstrap_means(
     """Means of `replicates` bootstrap samples of the prompts, float64 [R].
 
     A prompt contributes `totals_P` right answers out of `weights_P`. Written out rather than taken from
-    `scipy.stats.bootstrap` because the overall score and paired comparisons need the replicates of each task.
+    `scipy.stats.bootstrap` because the overall score needs the replicates of each task.
     """
     counts_RP = prompt_draws(len(totals_P), rng, replicates)
     return np.asarray((counts_RP @ totals_P) / (counts_RP @ weights_P), dtype=np.float64)
@@ -176,28 +176,22 @@ def paired_difference(
     tasks: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
     draws: Sequence[NDArray[np.int64]],
 ) -> Difference:
-    """The difference of two models' scores with its interval, the same prompts drawn for both.
+    """The difference of two models' scores, the mean over the tasks of the mean over the prompts, with its interval.
 
     Args:
         tag: What the tasks are together: one task's name, or 'overall'.
         tasks: Of each task both models' score of each prompt, [P] and [P] in the same order; P differs between tasks.
         draws: Of each task `prompt_draws`, [R, P].
-
-    Returns:
-        The mean over the tasks of the mean over the prompts, second minus first.
     """
-    assert len(tasks) == len(draws) > 0
+    pairs = zip(tasks, draws, strict=True)
     gains_R = np.mean(
-        [counts_RP @ (second_P - first_P) / len(first_P) for (first_P, second_P), counts_RP in zip(tasks, draws)],
-        axis=0,
-    )  # fmt: skip
+        [counts_RP @ (second_P - first_P) / len(first_P) for (first_P, second_P), counts_RP in pairs], axis=0
+    )
     first = float(np.mean([first_P.mean() for first_P, _ in tasks]))
     second = float(np.mean([second_P.mean() for _, second_P in tasks]))
-    interval = _interval(second - first, gains_R)
+    raw = _interval(second - first, gains_R)
     # Where all prompts differ alike the ends are the difference itself, up to rounding.
-    interval = Interval(
-        interval.value, min(interval.low, interval.value), max(interval.high, interval.value)
-    )  # fmt: skip
+    interval = Interval(raw.value, min(raw.low, raw.value), max(raw.high, raw.value))
     return Difference(
         tag=tag,
         prompts=sum(len(first_P) for first_P, _ in tasks),
@@ -269,8 +263,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Summary:
             float(np.mean([task.per_image.value for task in tasks])), np.mean([r[0] for r in replicates], axis=0)
         ),
         per_prompt=_interval(
-            float(np.mean([task.per_prompt.value for task in tasks])),
-            np.mean([r[1] for r in replicates], axis=0),
+            float(np.mean([task.per_prompt.value for task in tasks])), np.mean([r[1] for r in replicates], axis=0)
         ),
     )
     return Summary(tuple(tasks), overall)

@@ -1,141 +1,17 @@
 """The report page: self-contained, complete, and safe whatever a prompt or a model is called."""
 
-import base64
-import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from report_pages import Page, gallery, pictures, row, text, written
 
 from data_pipeline.shapes import evaluation_metadata
-from eval.files import write_jsonl
-from eval.geneval.ceiling import ground_truth_pictures
-from eval.geneval.charts import MODELS, loss_chart, score_chart
-from eval.geneval.detectors import load_detector
-from eval.geneval.gallery import LARGEST_SIDE
-from eval.geneval.judging import judge_pictures
 from eval.geneval.prompts import coco_prompts
-from eval.geneval.report import Losses, make_report, read_losses, write_report
-from eval.geneval.results import Found, Judged, Results, Source, read_results
-from eval.geneval.statistics import summarize
-
-IMAGES = 2
-LOSSES = Losses(((10, 6.5), (20, 6.0), (30, 5.5)), ((20, 6.1),))
-SOURCE = Source("tiny", 1200, "0123456789abcdef" * 4, "shapes", "2026-03-01T12:30:00+00:00")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    """Two models, two prompts a task: correct pictures, some of which (more of the second) are of another prompt."""
-    prompts = evaluation_metadata(per_task=2)
-    pictures = list(ground_truth_pictures(prompts, IMAGES))
-    made = []
-    for name, every in (("first", 4), ("second", 2)):
-        root = tmp_path_factory.mktemp(name)
-        shown = [
-            replace(picture, image=pictures[(place + 7 * (place % every == 1)) % len(pictures)].image)
-            for place, picture in enumerate(pictures)
-        ]
-        for picture in shown:
-            assert picture.image is not None
-            file = root / f"{picture.filename}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.image).save(file)
-        rows = judge_pictures(load_detector("shapes"), shown, len(shown), progress=False)
-        assert 0 < sum(row["correct"] for row in rows) < len(rows)
-        write_jsonl(root / "results.jsonl", [{**row, "filename": f"{row['filename']}.png"} for row in rows])
-        made.append(read_results(f"{name}={root}"))
-    assert sum(one.correct for one in made[0].pictures) > sum(one.correct for one in made[1].pictures)
-    ceilings = {
-        "ground truth": summarize(made[0].rows),
-        "colors only": summarize([r for r in made[0].rows if r["tag"] == "colors"]),
-    }
-    return [replace(made[0], ceilings=ceilings, source=SOURCE), made[1]]
-
-
-@pytest.fixture(scope="module")
-def page(models: list[Results], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Of the first model alone."""
-    return written(models[:1], tmp_path_factory.mktemp("page"), LOSSES)
-
-
-@pytest.fixture(scope="module")
-def both(models: list[Results], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Of the two side by side."""
-    return written(models, tmp_path_factory.mktemp("both"))
-
-
-def written(models: list[Results], folder: Path, losses: Losses | None = None, **options: Any) -> str:
-    write_report(models, folder / "report.html", losses, **options)
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Every address that an element names, the tags, and the rows of the tables as texts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.tags: set[str] = set()
-        self.rows: list[list[str]] = []
-        self.inside = False
-        self.feed(page)
-        self.rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [
-            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")
-        ]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.inside = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside &= tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.rows[-1][-1] += f" {data}"
-
-
-def row(page: str, first: str, number: int = 0) -> list[str]:
-    """The cells of the table row that starts with this text, the n-th of them."""
-    return [cells for cells in Page(page).rows if cells[0] == first][number][1:]
-
-
-def text(page: str) -> str:
-    """The page with all white space single."""
-    return " ".join(page.split())
-
-
-def gallery(page: str) -> list[dict[str, Any]]:
-    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert match is not None
-    entries: list[dict[str, Any]] = json.loads(match[1])["prompts"]
-    return entries
-
-
-def pictures(page: str, model: int = 0) -> Iterator[tuple[dict[str, Any], Image.Image | None]]:
-    """What the page says of each picture of a model, and its copy."""
-    for number, entry in enumerate(gallery(page)):
-        match = re.search(rf'<script type="application/json" id="copies-{number}-{model}">(.*?)</script>', page)
-        assert match is not None
-        for one, copy in zip(entry["models"][model] or [], json.loads(match[1]), strict=True):
-            if copy is None:
-                yield one, None
-            else:
-                content = base64.b64decode(copy.removeprefix("data:image/webp;base64,"))
-                yield one, Image.open(io.BytesIO(content)).convert("RGB")
+from eval.geneval.report import Losses, make_report, read_losses
+from eval.geneval.results import Found, Judged, Results, Source
 
 
 def test_pages_are_self_contained(page: str, both: str) -> None:
@@ -166,21 +42,6 @@ def test_every_prompt_picture_and_reason_is_there(models: list[Results], both: s
             ]
     tasks = [entry["task"] for entry in entries]
     assert tasks == sorted(tasks, key=[score.tag for score in models[0].summary.tasks].index)
-
-
-def test_copies_hold_the_very_pixels(models: list[Results], both: str) -> None:
-    for number, results in enumerate(models):
-        for one, copy in pictures(both, number):
-            original = np.asarray(Image.open(results.folder / one["file"]))
-            np.testing.assert_array_equal(np.asarray(copy), original)
-            assert (one["width"], one["height"]) == (64, 64)
-
-
-def test_objects_carry_their_colors(models: list[Results], page: str) -> None:
-    found = {(color, name) for one, _ in pictures(page) for name, color, *_ in one["found"]}
-    wanted = {tuple(one.prompt.split()[-2:]) for one in models[0].pictures if one.tag == "colors"}
-    assert wanted & found
-    assert all(color for color, _ in found)
 
 
 def test_header_table_and_charts(models: list[Results], page: str) -> None:
@@ -330,64 +191,6 @@ def test_names_cannot_break_the_page(models: list[Results], tmp_path: Path, evil
     assert row(page, f"ceiling: {' '.join(shown.split())}")
 
 
-def test_unreadable_missing_and_large_pictures(models: list[Results], tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    pixels = np.kron(rng.integers(0, 255, (4, 8, 3), dtype=np.uint8), np.ones((64, 64, 1), dtype=np.uint8))
-    names = ["large.png", "damaged.png", "cut.png", "missing.png", "odd.png"]
-    for name in names[:3]:
-        Image.fromarray(pixels).save(tmp_path / name)
-    (tmp_path / "damaged.png").write_bytes(b"no picture")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
-    Image.fromarray(pixels[:1]).convert("L").save(tmp_path / "odd.png")
-    rows = tuple(replace(models[0].pictures[0], filename=name) for name in names)
-    page = written([replace(models[0], folder=tmp_path, pictures=rows)], tmp_path)
-    shown = {one["file"]: (one, copy) for one, copy in pictures(page)}
-    one, copy = shown["large.png"]
-    # Boxes are in the pixels of the original, also where a smaller copy is shown.
-    assert (one["width"], one["height"]) == (512, 256)
-    assert copy is not None
-    assert copy.size == (LARGEST_SIDE, LARGEST_SIDE // 2)
-    assert np.abs(np.asarray(copy)[10, 10].astype(int) - pixels[32, 32]).max() < 25
-    assert shown["odd.png"][1] is not None
-    assert shown["odd.png"][1].size == (LARGEST_SIDE, 1)
-    problems = {name: one["problem"] for name, (one, copy) in shown.items() if copy is None}
-    assert problems["missing.png"] == "not found"
-    assert problems["damaged.png"].startswith("cannot be read: ")
-    assert problems["cut.png"].startswith("cannot be read: ")
-    assert len(problems) == 3
-    assert "3 pictures of first are not found or cannot be read" in text(page)
-    assert "5 judged pictures of 1 prompts. 2 are in this page" in text(page)
-
-
-def test_a_thousand_small_pictures_stay_below_ten_megabytes(models: list[Results], page: str, tmp_path: Path) -> None:
-    one = replace(models[0], pictures=models[0].pictures[:1])
-    size, empty = len(page.encode()), len(written([one], tmp_path, LOSSES).encode())
-    assert empty + (size - empty) / (len(models[0].pictures) - 1) * 1200 < 10e6
-
-
-def test_the_published_prompts_with_large_pictures_stay_usable(models: list[Results], tmp_path: Path) -> None:
-    """Pictures of 512x512 full of texture, of which a whole evaluation would be twenty megabytes."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(512), np.fft.fftfreq(512)))
-    frequency[0, 0] = 1
-    rows = []
-    for number in range(4):
-        noise = np.fft.fft2(rng.normal(size=(3, 512, 512)))
-        field = np.real(np.fft.ifft2(noise / frequency**1.1)).transpose(1, 2, 0)
-        Image.fromarray(np.clip(128 + 45 * field / field.std(), 0, 255).astype(np.uint8)).save(
-            tmp_path / f"{number}.png"
-        )
-        rows.append(replace(models[0].pictures[0], filename=f"{number}.png"))
-
-    def size(kept: int, **options: Any) -> int:
-        return len(written([replace(models[0], folder=tmp_path, pictures=tuple(rows[:kept]))], tmp_path, **options))
-
-    each = (size(4) - size(1)) / 3
-    assert 3e3 < each
-    assert each * 553 * 4 < 25e6
-    assert (size(4, side=64) - size(1, side=64)) / 3 < each / 3
-
-
 def test_a_report_from_files(models: list[Results], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(results.folder) for results in models]
     out = tmp_path / "new" / "report.html"
@@ -440,20 +243,3 @@ def test_runs_without_losses_are_errors(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 20, "val_loss": 2.5}\n')
     with pytest.raises(ValueError, match="no training losses"):
         read_losses(tmp_path)
-
-
-def test_charts_take_the_colors_of_the_page(models: list[Results]) -> None:
-    summaries = [results.summary for results in models] * 4
-    chart = score_chart(summaries, [results.ceilings for results in models] * 4)
-    for drawn in (loss_chart(((1, 2.0), (2, 1.0)), ()), chart):
-        assert "currentColor" in drawn
-        assert not re.findall(r"#0000\d\d", drawn)
-    # More models than colours begin again.
-    assert {f"var(--model{number})" for number in range(len(MODELS))} <= set(re.findall(r"var\(--model\d+\)", chart))
-    assert chart.count("<path") > score_chart(summaries[:1], [{}]).count("<path")
-
-
-def test_a_long_run_has_a_small_chart() -> None:
-    rng = np.random.default_rng(0)
-    points = [(step, float(rng.random())) for step in range(100_000)]
-    assert len(loss_chart(points, points[::1000])) < 100_000
