@@ -116,10 +116,13 @@ def make_gallery(models: Sequence[Results], side: int = LARGEST_SIDE, progress: 
     # order is arbitrary, but always the same.
     order = sorted(prompts, key=lambda key: (TAGS.index(prompts[key].tag), sha256(key.encode()).digest()))
     wanted = [(number, one) for key in order for number, group in enumerate(grouped) for one in group.get(key, [])]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes and encodes without Python's lock
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow decodes and encodes without Python's lock
+    try:
         found = pool.map(lambda item: _copy(models[item[0]].find(item[1].filename), side), wanted)
         bar = tqdm(found, total=len(wanted), desc="report", unit="picture", disable=not progress)
         copies = {(number, one.filename): copy for (number, one), copy in zip(wanted, bar, strict=True)}
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for thousands of pictures
 
     entries = []
     for key in order:

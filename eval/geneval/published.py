@@ -1,7 +1,7 @@
 """Published GenEval scores, for comparison: the share of right pictures over GenEval's own 553 prompts.
 
-A figure that was not published is None. Sources: GenEval (Ghosh et al. 2023, arXiv 2310.11513) for Stable Diffusion; for
-the others the papers that compare them with it, NAR (arXiv 2503.10696) last.
+A figure that was not published is None. Sources: GenEval (Ghosh et al. 2023, arXiv 2310.11513) for Stable Diffusion; the
+others as they are compared in NAR (arXiv 2503.10696).
 """
 
 from collections.abc import Mapping

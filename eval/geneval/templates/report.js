@@ -201,7 +201,7 @@ const options = {
   model: [["all", "all models"], ...models.map((name, number) => [String(number), name])],
 };
 for (const [key, known] of Object.entries(options)) if (known.some(([value]) => value === given.get(key))) filter[key] = given.get(key);
-filter.words = given.get("words") ?? "";
+filter.words = (given.get("words") ?? "").trim().toLowerCase();
 filter.differ = models.length > 1 && given.has("differ");
 
 choices("tasks", "task", options.task);
