@@ -92,11 +92,9 @@ def score_chart(summaries: Sequence[Summary], ceilings: Sequence[Mapping[str, Su
         figure = Figure(figsize=(4.8, 0.5 + len(tags) * max(0.3, 0.16 * len(summaries))), layout="constrained")
         axes = figure.subplots()
         for number, (summary, limits) in enumerate(zip(summaries, ceilings, strict=True)):
-            scores = [
-                (tags.index(tag) - 0.38 + (number + 0.5) * height, summary[tag].per_image) for tag in summary.tags
-            ]
-            places, values = np.array([(place, score.value) for place, score in scores]).T
-            ends = np.array([(score.value - score.low, score.high - score.value) for _, score in scores]).T
+            scores = [summary[tag].per_image for tag in summary.tags]
+            places, values = [place_of(tag, number) for tag in summary.tags], [score.value for score in scores]
+            ends = np.array([(score.value - score.low, score.high - score.value) for score in scores]).T
             axes.barh(places, values, height=0.88 * height, color=MODELS[number % len(MODELS)])
             axes.errorbar(
                 values, places, xerr=np.maximum(ends, 0), fmt="none", ecolor=INK, elinewidth=1.1,
