@@ -11,21 +11,27 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from data_pipeline.geneval_text import TAGS
 from eval.geneval.statistics import Summary
 
 __all__ = ["loss_chart", "score_chart"]
 
 # Colours that only serve as names: each is replaced by a variable of the page's style sheet.
 INK, GRID, FIRST, SECOND, MARK = "#000001", "#000002", "#000003", "#000004", "#000005"
+MODELS = ("#000010", "#000011", "#000012", "#000013", "#000014", "#000015")
+"""Of the models in turn, one after the other; the page's `--model0` and so on."""
 _PAGE_COLORS = {
     INK: "currentColor", GRID: "var(--line)", FIRST: "var(--accent)", SECOND: "var(--second)", MARK: "var(--mark)",
+    **{name: f"var(--model{number})" for number, name in enumerate(MODELS)},
 }  # fmt: skip
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.edgecolor": GRID,
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
     "axes.spines.right": False, "grid.color": GRID, "legend.frameon": False,
 }  # fmt: skip
 MOST_POINTS = 800
+CEILING_STYLES: tuple[Any, ...] = ("-", (0, (2, 1.5)))
+"""Of the marks at the ceilings in turn; the page's legend knows them as solid and dashed."""
 
 Points = Sequence[tuple[int, float]]
 
@@ -53,7 +59,7 @@ def _thinned(points: Points) -> tuple[list[float], list[float]]:
 def loss_chart(training: Points, validation: Points) -> str:
     """Loss over steps: (step, loss) points of training and, perhaps none, of validation."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
         axes = figure.subplots()
         if training:
             axes.plot(*_thinned(training), color=FIRST, linewidth=1.3, label="training")
@@ -71,33 +77,41 @@ def loss_chart(training: Points, validation: Points) -> str:
         return _svg(figure, "Loss over training steps")
 
 
-def score_chart(summary: Summary, ceilings: Mapping[str, Summary]) -> str:
-    """Scores per task and overall as bars with their 95% intervals, and a mark at each ceiling."""
-    scores = (*summary.tasks, summary.overall)
-    places = np.arange(len(scores))
-    values = np.array([score.per_image.value for score in scores])
-    errors = np.array([
-        [score.per_image.value - score.per_image.low, score.per_image.high - score.per_image.value] for score in scores
-    ]).T  # fmt: skip
+def score_chart(summaries: Sequence[Summary], ceilings: Sequence[Mapping[str, Summary]]) -> str:
+    """Scores per task and overall of one model or several, as bars with their 95% intervals.
+
+    A model's bars have its colour, and marks at its ceilings. Names are left to the page: they may be anything.
+    """
+    tags = [tag for tag in (*TAGS, "overall") if any(tag in summary.tags for summary in summaries)]
+    height = 0.76 / len(summaries)
+
+    def place_of(tag: str, number: int) -> float:
+        return tags.index(tag) - 0.38 + (number + 0.5) * height
+
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 0.36 * len(scores) + 0.9), layout="constrained")
+        figure = Figure(figsize=(4.8, 0.5 + len(tags) * max(0.3, 0.16 * len(summaries))), layout="constrained")
         axes = figure.subplots()
-        axes.barh(places, values, height=0.6, color=[FIRST] * len(summary.tasks) + [SECOND])
-        axes.errorbar(
-            values, places, xerr=np.maximum(errors, 0), fmt="none", ecolor=INK, elinewidth=1.2, capsize=3,
-            label="95% interval",
-        )  # fmt: skip
-        for (name, ceiling), style in zip(ceilings.items(), cycle(("-", (0, (2, 1.5)))), strict=False):
-            found = [(place, ceiling[s.tag].per_image.value) for place, s in enumerate(scores) if s.tag in ceiling.tags]
-            axes.vlines(
-                [value for _, value in found], [place - 0.4 for place, _ in found], [place + 0.4 for place, _ in found],
-                color=MARK, linewidth=1.6, linestyle=style, label=f"ceiling: {name}",
+        for number, (summary, limits) in enumerate(zip(summaries, ceilings, strict=True)):
+            scores = [summary[tag].per_image for tag in summary.tags]
+            places, values = [place_of(tag, number) for tag in summary.tags], [score.value for score in scores]
+            ends = np.array([(score.value - score.low, score.high - score.value) for score in scores]).T
+            axes.barh(places, values, height=0.88 * height, color=MODELS[number % len(MODELS)])
+            axes.errorbar(
+                values, places, xerr=np.maximum(ends, 0), fmt="none", ecolor=INK, elinewidth=1.1,
+                capsize=min(3.0, 9 * height),
             )  # fmt: skip
-        axes.set_yticks(places, [score.tag.replace("_", " ") for score in scores])
+            for ceiling, style in zip(limits.values(), cycle(CEILING_STYLES), strict=False):
+                tags_there = [tag for tag in summary.tags if tag in ceiling.tags]
+                middles = np.array([place_of(tag, number) for tag in tags_there])
+                axes.vlines(
+                    [ceiling[tag].per_image.value for tag in tags_there], middles - height / 2, middles + height / 2,
+                    color=MARK, linewidth=1.6, linestyle=style,
+                )  # fmt: skip
+        axes.axhline(len(tags) - 1.5, color=GRID, linewidth=0.8)  # overall is no task
+        axes.set_yticks(range(len(tags)), [tag.replace("_", " ") for tag in tags])
         axes.set_xlim(0, 1.02)
         axes.invert_yaxis()
         axes.grid(axis="x", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
-        figure.legend(loc="outside lower center", ncols=3, handlelength=1.4, columnspacing=1.2)
-        return _svg(figure, "Scores by task with intervals and ceilings")
+        return _svg(figure, "Scores by task with 95% intervals; the table of scores has the numbers")

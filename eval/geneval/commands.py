@@ -1,4 +1,4 @@
-"""`t2i geneval prompts`, `generate`, `score` and `run`. Handlers import what they need when they run: help is quick."""
+"""`t2i geneval prompts`, `generate`, `score`, `report`, `run`. Handlers import what they need when they run: help is quick."""
 
 import json as json_module
 import sys
@@ -130,6 +130,29 @@ def geneval_score(
     for line in scores.remarks:
         print(line)
     print(f"results: {out / 'results.jsonl'}")
+
+
+@geneval.command(name="report")
+def geneval_report(
+    results: Positional[tuple[str, ...]],
+    out: Path = Path("report.html"),
+    images: tuple[Path, ...] = (),
+    run_dir: Path | None = None,
+    thumbnail: int = 160,
+) -> None:
+    """One HTML page of the results of one model, or of several side by side: scores, differences, every picture.
+
+    Args:
+        results: Of each model a results.jsonl, ours or of GenEval's own script, or a folder that holds one; NAME=PATH names
+            it. The others are compared with the first.
+        out: The page; it needs neither a server nor a network.
+        images: Folders that hold the pictures, where they have moved: one for each of the results, in order.
+        run_dir: The training run of the (one) model, whose loss curve goes into the page.
+        thumbnail: Pixels of the longer side of the pictures' copies in the page; smaller pictures go in as they are.
+    """
+    from eval.geneval.report import make_report
+
+    make_report(results, out, images=images, run_dir=run_dir, side=thumbnail)
 
 
 @geneval.command(name="run")

@@ -1,31 +1,30 @@
 """The report: one HTML file with scores, charts and every picture, which needs neither a server nor a network.
 
-Pictures are inlined as one sprite sheet per prompt; the page shows a few prompts of each task and more on request, so
-that a thousand pictures stay quick to open.
+    t2i geneval report exports/mine/geneval theirs=results.jsonl --out report.html
+
+Pictures are embedded as small copies. The page makes those of a few prompts of each task, and more on request, so that
+thousands of pictures stay quick to open.
 """
 
-import base64
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
 
+from data_pipeline.geneval_text import TAGS
 from eval.files import read_jsonl, write_text
-from eval.geneval.charts import loss_chart, score_chart
-from eval.geneval.statistics import Summary
+from eval.geneval.charts import MODELS, loss_chart, score_chart
+from eval.geneval.comparison import compare
+from eval.geneval.gallery import LARGEST_SIDE, make_gallery
+from eval.geneval.prompts import coco_prompts
+from eval.geneval.published import PUBLISHED
+from eval.geneval.results import Results, read_results
 
-__all__ = ["Losses", "Report", "read_losses", "write_report"]
-
-LOSSLESS_SIDE = 96  # pixels; larger pictures are stored lossily and at most LARGEST_SIDE wide, to keep the page light
-LARGEST_SIDE = 256
+__all__ = ["Losses", "Written", "make_report", "read_losses", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -37,32 +36,12 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that the page shows.
+class Written:
+    """A page that was written: its bytes, the pictures in it, and those that could not be shown, each with the reason."""
 
-    Attributes:
-        recipe: The model's recipe.
-        step: The training step of its export.
-        checksum: SHA-256 of the export, in hexadecimal.
-        judge: Who looked at the pictures.
-        judged_at: When.
-        summary: The scores.
-        ceilings: Name -> the judge's scores of pictures that no model can be expected to beat.
-        rows: Lines of results.jsonl.
-        pictures: The folder that the rows' filenames are relative to.
-        losses: The loss curves, where the run is at hand.
-    """
-
-    recipe: str
-    step: int
-    checksum: str
-    judge: str
-    judged_at: datetime
-    summary: Summary
-    ceilings: Mapping[str, Summary]
-    rows: Sequence[Mapping[str, Any]]
-    pictures: Path
-    losses: Losses | None = None
+    size: int
+    shown: int
+    missing: tuple[str, ...]
 
 
 def read_losses(run_dir: Path) -> Losses:
@@ -85,87 +64,121 @@ def read_losses(run_dir: Path) -> Losses:
     return losses
 
 
-def _sheet(files: Sequence[Path]) -> tuple[str, int, int]:
-    """The pictures side by side as a data URI, and the size of the first readable one; gaps where one is unreadable."""
-    images: list[Image.Image | None] = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, SyntaxError, UnidentifiedImageError):  # Pillow's PNG reader raises SyntaxError
-            images.append(None)
-    width, height = next((image.size for image in images if image is not None), (1, 1))
-    lossless = max(width, height) <= LOSSLESS_SIDE
-    scale = 1.0 if lossless else min(1.0, LARGEST_SIDE / max(width, height))
-    tile = (round(width * scale), round(height * scale))
-    sheet = Image.new("RGB", (tile[0] * len(images), tile[1]), "#888")
-    for position, picture in enumerate(images):
-        if picture is not None:
-            shown = picture if picture.size == tile else picture.resize(tile, Image.Resampling.LANCZOS)
-            sheet.paste(shown, (position * tile[0], 0))
-    stream = io.BytesIO()
-    sheet.save(stream, format="WEBP", lossless=lossless, quality=20 if lossless else 85, method=2)
-    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}", width, height
+def _of_published(models: Sequence[Results]) -> tuple[int, int]:
+    """How many of the published prompts every model has, and how many there are."""
+    published = {json.dumps(entry, sort_keys=True) for entry in coco_prompts()}
+    return min(len(published & {one.metadata for one in results.pictures}) for results in models), len(published)
 
 
-def _objects(row: Mapping[str, Any]) -> list[list[Any]]:
-    """What the judge counted in a picture: [label, score, x0, y0, x1, y1] per object, corners in pixels."""
-    colors: dict[str, list[str | None]] = json.loads(row.get("colors", "{}"))
-    found = []
-    for name, boxes in json.loads(row["details"]).items():
-        names = colors.get(name, [None] * len(boxes))
-        for (x0, y0, x1, y1, score), color in zip(boxes, names, strict=True):
-            found.append([f"{color} {name}" if color else name, score, x0, y0, x1, y1])
-    return found
+def _images(results: Results) -> str:
+    """'4', or '1 to 4': how many pictures the prompts have."""
+    counts: dict[str, int] = {}
+    for one in results.pictures:
+        counts[one.metadata] = counts.get(one.metadata, 0) + 1
+    least, most = min(counts.values()), max(counts.values())
+    return str(most) if least == most else f"{least} to {most}"
 
 
-def _gallery(report: Report) -> list[dict[str, Any]]:
-    """One entry per prompt, tasks in order; within a task in an order that is arbitrary but always the same."""
-    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
-    for row in report.rows:
-        by_prompt.setdefault(row["metadata"], []).append(row)
-    order = {score.tag: place for place, score in enumerate(report.summary.tasks)}
-    entries = []
-    # Neighbouring prompts differ in little, so the first few in file order would show one shape only.
-    for metadata, rows in sorted(
-        by_prompt.items(), key=lambda item: (order[item[1][0]["tag"]], sha256(item[0].encode()).digest())
-    ):
-        sheet, width, height = _sheet([report.pictures / row["filename"] for row in rows])
-        entries.append(
-            {
-                "task": rows[0]["tag"],
-                "prompt": rows[0]["prompt"],
-                "id": sha256(metadata.encode()).hexdigest()[:8],
-                "sheet": sheet,
-                "width": width,
-                "height": height,
-                "pictures": [
-                    {
-                        "file": row["filename"],
-                        "ok": bool(row["correct"]),
-                        "why": row["reason"].split("\n") if row["reason"] else [],
-                        "objects": _objects(row),
-                    }
-                    for row in rows
-                ],
-            }
-        )
-    return entries
+def _signed(value: float) -> str:
+    """With a sign and a true minus, which screen readers know: +0.120, −0.030, 0.000."""
+    shown = f"{value:+.3f}"
+    return "0.000" if float(shown) == 0 else shown.replace("-", "−")
 
 
-def write_report(report: Report, path: Path) -> None:
-    """Write the page, self-contained, to `path`."""
+def _part(name: str) -> Markup:
+    """A style sheet or script of ours, which goes into the page as it is."""
+    return Markup((files("eval.geneval") / "templates" / name).read_text(encoding="utf-8"))
+
+
+def write_report(
+    models: Sequence[Results],
+    path: Path,
+    losses: Losses | None = None,
+    *,
+    side: int = LARGEST_SIDE,
+    progress: bool = False,
+) -> Written:
+    """Write the page, self-contained, to `path`.
+
+    Args:
+        models: The results of one model or several; the others are compared with the first.
+        path: The page.
+        losses: The loss curves of the (one) model's training run.
+        side: Pixels of the longer side of the embedded copies.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: no models, two of the same name, one without a prompt of the first, or a `side` below 16 or over 1024.
+    """
+    names = [results.name for results in models]
+    if not names:
+        raise ValueError("there are no results to report; give the folder of at least one")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{names.count(twice[0])} results are called {twice[0]!r}; name them: one=PATH other=PATH")
+    if not 16 <= side <= 1024:
+        raise ValueError(f"thumbnails of {side} pixels cannot be made; give 16 to 1024")
+    first, *others = models
+    comparisons = [(other, compare(first.rows, other.rows, (first.name, other.name))) for other in others]
+    gallery = make_gallery(models, side, progress)
     environment = Environment(
         loader=PackageLoader("eval.geneval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    # Charts are our own markup, from numbers and task names only.
-    losses = report.losses
+    environment.filters |= {"signed": _signed, "images": _images, "task": lambda tag: tag.replace("_", " ")}
+    summaries = [results.summary for results in models]
     page = environment.get_template("report.html.j2").render(
-        report=report,
-        scores=[*report.summary.tasks, report.summary.overall],
-        gallery=_gallery(report),
+        models=models,
+        colors=len(MODELS),
+        tags=(*TAGS, "overall"),
+        comparisons=comparisons,
+        published=PUBLISHED,
+        of_published=_of_published(models),
+        gallery=gallery,
+        embedded=sum(len(copy or "") for prompt in gallery.copies for model in prompt for copy in model),
+        # Charts are our own markup, from numbers and task names only.
         loss_chart=None if losses is None else Markup(loss_chart(losses.training, losses.validation)),
-        score_chart=Markup(score_chart(report.summary, report.ceilings)),
+        score_chart=Markup(score_chart(summaries, [results.ceilings for results in models])),
+        style=_part("report.css"),
+        script=_part("report.js"),
     )
     write_text(path, page)
+    return Written(path.stat().st_size, gallery.shown, tuple(file for model in gallery.missing for file in model))
+
+
+def make_report(
+    results: Sequence[str],
+    out: Path,
+    *,
+    images: Sequence[Path] = (),
+    run_dir: Path | None = None,
+    side: int = LARGEST_SIDE,
+    progress: bool = True,
+) -> Written:
+    """Read results, write their report, and print where it is, how large, and which pictures it lacks.
+
+    Args:
+        results: PATH or NAME=PATH of each model's results.jsonl, or of a folder that holds one.
+        out: The page.
+        images: Folders of the models' pictures, where they have moved: one of each model, in order.
+        run_dir: Training run whose metrics.jsonl gives the loss curve.
+        side: Pixels of the longer side of the embedded copies.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: results that cannot be read or compared, or options that do not fit them.
+    """
+    if images and len(images) != len(results):
+        raise ValueError(f"{len(images)} folders of pictures for {len(results)} results; give one for each, in order")
+    if run_dir is not None and len(results) != 1:
+        raise ValueError(f"{run_dir} is the training run of one model, and there are {len(results)}; leave it out")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give a file name such as {out / 'report.html'}")
+    losses = None if run_dir is None else read_losses(run_dir)
+    folders = images or [None] * len(results)
+    models = [read_results(given, folder) for given, folder in zip(results, folders, strict=True)]
+    written = write_report(models, out, losses, side=side, progress=progress)
+    if written.missing:
+        few = ", ".join(written.missing[:3]) + (", ..." if len(written.missing) > 3 else "")
+        print(f"{len(written.missing)} pictures cannot be shown: {few}")
+    print(f"report: {out} ({written.size / 1e6:.1f} MB, {written.shown:,} pictures)")
+    return written

@@ -38,7 +38,8 @@ from eval.geneval.judges import Judge, load_judge
 from eval.geneval.judging import Picture, judge_pictures
 from eval.geneval.options import JudgeOptions, SamplingOptions
 from eval.geneval.prompts import Metadata, coco_prompts, shapes_prompts, write_prompts
-from eval.geneval.report import Report, read_losses, write_report
+from eval.geneval.report import read_losses, write_report
+from eval.geneval.results import read_results
 from eval.geneval.score import PromptPictures, score_pictures, write_summary
 from eval.geneval.statistics import Summary, score_table, summarize
 from eval.ranks import Ranks
@@ -185,19 +186,7 @@ def run_geneval(
     ceilings = _ceilings(source, out, prompts, images_per_prompt, batch_size, judging, progress) if on_shapes else {}
     scores.document["ceilings"] = {name: ceiling.to_json() for name, ceiling in ceilings.items()}
     write_summary(scores, out)
-    report = Report(
-        recipe=provenance.recipe,
-        step=provenance.step,
-        checksum=source.sha256,
-        judge=judging.name,
-        judged_at=scores.judged_at,
-        summary=scores.summary,
-        ceilings=ceilings,
-        rows=scores.rows,
-        pictures=out,
-        losses=losses,
-    )
-    write_report(report, out / "report.html")
+    write_report([read_results(out)], out / "report.html", losses)
     title = f"GenEval, judge {judging.name}: {provenance.recipe}, step {provenance.step}"
     Console().print(score_table(scores.summary, ceilings, title))
     print(f"report: {out / 'report.html'}")

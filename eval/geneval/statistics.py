@@ -1,7 +1,8 @@
 """Scores with their uncertainty: task and overall means with bootstrap intervals over prompts.
 
 The images of one prompt are not independent, so the prompt is the unit that is resampled, within its task; the
-overall score is the mean of the task scores, as GenEval defines it, in every replicate.
+overall score is the mean of the task scores, as GenEval defines it, in every replicate. Two models are compared on the
+prompts that both have, with the same prompts drawn for both: what makes a prompt hard for both then cancels.
 
 Legend of name suffixes: R bootstrap replicates, P prompts.
 
@@ -20,15 +21,32 @@ from rich.table import Table
 
 from data_pipeline.geneval_text import TAGS
 
-__all__ = ["Interval", "Summary", "TaskScore", "bootstrap_means", "score_table", "summarize", "wilson_interval"]
+__all__ = [
+    "Difference",
+    "Interval",
+    "Summary",
+    "TaskScore",
+    "bootstrap_means",
+    "paired_difference",
+    "prompt_draws",
+    "score_table",
+    "summarize",
+    "wilson_interval",
+]
 
 LEVEL = 0.95
 REPLICATES = 10_000
+FEWEST_DIFFERING = 6
+"""Prompts on which two models must differ before they are told apart.
+
+A bootstrap of a handful of prompts is too sure of itself. Were two models equal, five prompts would all favour the same
+one in 2 of 2**5 cases, more than 5 %; six in 2 of 2**6.
+"""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate in 0..1 and the ends of its 95% interval."""
+    """An estimate (a score in 0..1, or a difference of two) and the ends of its 95% interval."""
 
     value: float
     low: float
@@ -84,6 +102,42 @@ class Summary:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How two models differ in a task (or, with tag 'overall', in the mean of the tasks), over the prompts of both.
+
+    Attributes:
+        tag: The task.
+        prompts: How many prompts both have.
+        differing: On how many of them their scores differ.
+        first: Score of the first model over these prompts.
+        second: Score of the second.
+        interval: Second minus first.
+    """
+
+    tag: str
+    prompts: int
+    differing: int
+    first: float
+    second: float
+    interval: Interval
+
+    @property
+    def verdict(self) -> str:
+        """'higher' or 'lower' (the second model), 'not distinguishable', or 'too few prompts differ'."""
+        # Sums of fractions may miss zero by a rounding error.
+        if self.interval.low <= 1e-9 and self.interval.high >= -1e-9:
+            return "not distinguishable"
+        if self.differing < FEWEST_DIFFERING:
+            return "too few prompts differ"
+        return "higher" if self.interval.value > 0 else "lower"
+
+
+def prompt_draws(prompts: int, rng: np.random.Generator, replicates: int = REPLICATES) -> NDArray[np.int64]:
+    """How often each bootstrap sample holds each prompt, int64 [R, P]; every row sums to P."""
+    return rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=replicates)
+
+
 def bootstrap_means(
     totals_P: NDArray[np.float64],
     weights_P: NDArray[np.float64],
@@ -93,10 +147,9 @@ def bootstrap_means(
     """Means of `replicates` bootstrap samples of the prompts, float64 [R].
 
     A prompt contributes `totals_P` right answers out of `weights_P`. Written out rather than taken from
-    `scipy.stats.bootstrap` because the overall score and paired comparisons need the replicates of each task.
+    `scipy.stats.bootstrap` because the overall score needs the replicates of each task.
     """
-    prompts = len(totals_P)
-    counts_RP = rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=replicates)
+    counts_RP = prompt_draws(len(totals_P), rng, replicates)
     return np.asarray((counts_RP @ totals_P) / (counts_RP @ weights_P), dtype=np.float64)
 
 
@@ -116,6 +169,37 @@ def wilson_interval(right: int, total: int) -> Interval:
 def _interval(value: float, replicates_R: NDArray[np.float64]) -> Interval:
     low, high = np.quantile(replicates_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high))
+
+
+def paired_difference(
+    tag: str,
+    tasks: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
+    draws: Sequence[NDArray[np.int64]],
+) -> Difference:
+    """The difference of two models' scores, the mean over the tasks of the mean over the prompts, with its interval.
+
+    Args:
+        tag: What the tasks are together: one task's name, or 'overall'.
+        tasks: Of each task both models' score of each prompt, [P] and [P] in the same order; P differs between tasks.
+        draws: Of each task `prompt_draws`, [R, P].
+    """
+    pairs = zip(tasks, draws, strict=True)
+    gains_R = np.mean(
+        [counts_RP @ (second_P - first_P) / len(first_P) for (first_P, second_P), counts_RP in pairs], axis=0
+    )
+    first = float(np.mean([first_P.mean() for first_P, _ in tasks]))
+    second = float(np.mean([second_P.mean() for _, second_P in tasks]))
+    raw = _interval(second - first, gains_R)
+    # Where all prompts differ alike the ends are the difference itself, up to rounding.
+    interval = Interval(raw.value, min(raw.low, raw.value), max(raw.high, raw.value))
+    return Difference(
+        tag=tag,
+        prompts=sum(len(first_P) for first_P, _ in tasks),
+        differing=sum(int((np.abs(second_P - first_P) > 1e-9).sum()) for first_P, second_P in tasks),
+        first=first,
+        second=second,
+        interval=interval,
+    )
 
 
 def _prompt_counts(rows: Iterable[Mapping[str, Any]]) -> NDArray[np.float64]:
@@ -179,8 +263,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Summary:
             float(np.mean([task.per_image.value for task in tasks])), np.mean([r[0] for r in replicates], axis=0)
         ),
         per_prompt=_interval(
-            float(np.mean([task.per_prompt.value for task in tasks])),
-            np.mean([r[1] for r in replicates], axis=0),
+            float(np.mean([task.per_prompt.value for task in tasks])), np.mean([r[1] for r in replicates], axis=0)
         ),
     )
     return Summary(tuple(tasks), overall)

@@ -33,6 +33,7 @@ COMMANDS = {
     "geneval generate": "--guidance-scale",
     "geneval score": "--counting-threshold",
     "geneval run": "--images-per-prompt",
+    "geneval report": "--thumbnail",
     "score-classes": "--samples",
 }
 
@@ -89,6 +90,8 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
         (["sample", "OUT", "a star"], "is no export"),
         (["sample", "OUT", "a star", "--images", "0"], "0 images of each"),
         (["geneval", "run", "OUT"], "is no export"),
+        (["geneval", "report", "OUT"], "does not exist"),
+        (["geneval", "report"], "no results to report"),
         (["score-classes", "OUT"], "is no export"),
         (["data", "shapes", "--out", "OUT", "--frames", "2"], "clips of 2 frames cannot be made"),
         (["data", "shapes", "--out", "OUT", "--frames", "4", "--single-object"], "not both"),

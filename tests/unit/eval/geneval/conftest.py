@@ -1,23 +1,35 @@
-"""A real export, a Mask2Former and a CLIP, small and random, for tests that run the whole evaluation on loaded folders."""
+"""A real export, a Mask2Former and a CLIP, small and random, for tests that run the whole evaluation on loaded folders,
+and judged pictures for reports."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
+from report_pages import LOSSES, written
 from safetensors.torch import save_file
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
 from data_pipeline.shapes import evaluation_metadata
+from eval.files import write_jsonl
+from eval.geneval.ceiling import ground_truth_pictures
+from eval.geneval.detectors import load_detector
+from eval.geneval.judging import judge_pictures
 from eval.geneval.prompts import COCO_CLASSES
+from eval.geneval.results import Results, Source, read_results
+from eval.geneval.statistics import summarize
 from t2i.config import ModelConfig, SampleConfig
 from t2i.model import NAR
 from t2i.pipeline import Provenance, TextToImagePipeline
 from t2i.text_encoder import TextEncoder, TextEncoderConfig, train_sentencepiece
 from t2i.vq import load_vq
 
+SOURCE = Source("tiny", 1200, "0123456789abcdef" * 4, "shapes", "2026-03-01T12:30:00+00:00")
+IMAGES = 2
 MakeExport = Callable[..., Path]
 
 
@@ -100,3 +112,44 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
     return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """Two models, two prompts a task: correct pictures, some of which (more of the second) are of another prompt."""
+    prompts = evaluation_metadata(per_task=2)
+    pictures = list(ground_truth_pictures(prompts, IMAGES))
+    made = []
+    for name, every in (("first", 4), ("second", 2)):
+        root = tmp_path_factory.mktemp(name)
+        shown = [
+            replace(picture, image=pictures[(place + 7 * (place % every == 1)) % len(pictures)].image)
+            for place, picture in enumerate(pictures)
+        ]
+        for picture in shown:
+            assert picture.image is not None
+            file = root / f"{picture.filename}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.image).save(file)
+        rows = judge_pictures(load_detector("shapes"), shown, len(shown), progress=False)
+        assert 0 < sum(row["correct"] for row in rows) < len(rows)
+        write_jsonl(root / "results.jsonl", [{**row, "filename": f"{row['filename']}.png"} for row in rows])
+        made.append(read_results(f"{name}={root}"))
+    assert sum(one.correct for one in made[0].pictures) > sum(one.correct for one in made[1].pictures)
+    ceilings = {
+        "ground truth": summarize(made[0].rows),
+        "colors only": summarize([r for r in made[0].rows if r["tag"] == "colors"]),
+    }
+    return [replace(made[0], ceilings=ceilings, source=SOURCE), made[1]]
+
+
+@pytest.fixture(scope="session")
+def page(models: list[Results], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the first model alone."""
+    return written(models[:1], tmp_path_factory.mktemp("page"), LOSSES)
+
+
+@pytest.fixture(scope="session")
+def both(models: list[Results], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the two side by side."""
+    return written(models, tmp_path_factory.mktemp("both"))
