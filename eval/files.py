@@ -1,5 +1,6 @@
 """Text and JSON-lines files, written so that an interruption leaves the old file or the whole new one."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from data_pipeline.atomic import write_bytes
 
-__all__ = ["read_jsonl", "write_jsonl", "write_text"]
+__all__ = ["files_sha256", "json_sha256", "read_jsonl", "write_jsonl", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,3 +41,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number} is {line[:40]!r}; each line must be a JSON object")
         rows.append(row)
     return rows
+
+
+def files_sha256(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over the names, relative to `folder`, and contents of some of its files, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with open(path, "rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def json_sha256(document: Any) -> str:
+    """SHA-256 of a JSON document, in hexadecimal."""
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()

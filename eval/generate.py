@@ -18,8 +18,9 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from data_pipeline.atomic import write_bytes
+from data_pipeline.atomic import remove_leftovers, write_bytes
 from eval.files import write_text
+from eval.ranks import Ranks
 from t2i.pipeline import picture_grid
 
 __all__ = ["Pipeline", "generate", "picture_seed", "prompt_folder", "sample_path"]
@@ -128,13 +129,13 @@ def generate(
         raise ValueError(
             f"images per prompt is {images_per_prompt} and batch size {batch_size}; both must be at least 1"
         )
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank is {rank} of {ranks} ranks; it must lie between 0 and {ranks - 1}")
+    share = Ranks(rank, ranks)
     sampling = dict(sampling or {})
     settings = {"model": model, "seed": seed, "sampling": sampling}
     _claim(out / SETTINGS_FILE, settings, "another model, seed or sampling setting")
 
-    mine = range(rank, len(prompts), ranks)
+    remove_leftovers(out)
+    mine = [index for index in range(len(prompts)) if share.owns(index)]
     for index in mine:
         _claim(prompt_folder(out, index) / "metadata.jsonl", dict(prompts[index]), "another prompt")
     pictures = [_Picture(index, number) for index in mine for number in range(images_per_prompt)]

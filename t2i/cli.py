@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
+from eval.geneval.commands import geneval
 from t2i.bench.commands import bench
 from t2i.doctor.commands import Doctor, doctor
 from t2i.tokenizer_config import TokenizerTraining
@@ -28,7 +29,6 @@ HELP = (
 app = SubcommandApp()
 data = SubcommandApp()
 tokenizer = SubcommandApp()
-geneval = SubcommandApp()
 app.command(data, name="data", help="Make, take in and verify raw image-text sets.")
 
 
@@ -367,36 +367,7 @@ app.command(bench, name="bench", help="Measure decoding and the training step on
 
 app.command(name="doctor")(Doctor)
 
-app.command(geneval, name="geneval", help="Measure an export with GenEval.")
-
-
-@geneval.command(name="run")
-def geneval_run(
-    export: Positional[Path],
-    out: Path | None = None,
-    judge: Literal["shapes"] = "shapes",
-    per_task: int = 100,
-    images_per_prompt: int = 4,
-    batch_size: int = 64,
-    run_dir: Path | None = None,
-) -> None:
-    """Prompts, pictures, scores and report in one go; run again, it goes on where it stopped.
-
-    Args:
-        export: An export.
-        out: Folder for pictures, results and report; EXPORT/geneval when not given.
-        judge: Who looks at the pictures: "shapes" is the exact judge of the embedded data set.
-        per_task: Prompts of each task, at most.
-        images_per_prompt: Pictures of each prompt.
-        batch_size: Pictures drawn at once.
-        run_dir: The training run, whose loss curve goes into the report.
-    """
-    from eval.geneval.run import run_geneval
-
-    run_geneval(
-        export, out or export / "geneval", judge=judge, per_task=per_task, images_per_prompt=images_per_prompt,
-        batch_size=batch_size, run_dir=run_dir,
-    )  # fmt: skip
+app.command(geneval, name="geneval", help="GenEval: prompts, pictures, scores and report.")
 
 
 @app.command(name="score-classes")

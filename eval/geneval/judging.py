@@ -1,25 +1,30 @@
 """From pictures to the lines of results.jsonl: detector, colours and rules over any number of pictures, in batches."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
+from PIL import ImageOps
 from tqdm import tqdm
 
-from eval.generate import sample_path
-from eval.geneval.detections import Image
-from eval.geneval.detectors import Detector
+from eval.geneval.detections import Detection, Image
+from eval.geneval.detectors import ColorClassifier, Detector
 from eval.geneval.prompts import Metadata
-from eval.geneval.scoring import judge_picture, result_row, unreadable_row
+from eval.geneval.scoring import color_candidates, judge_picture, keep_detections, result_row, unreadable_row
 
-__all__ = ["Picture", "batched", "judge_pictures", "pictures_of"]
+__all__ = ["Picture", "batched", "judge_pictures", "judged", "read_picture", "read_pictures"]
 
 Item = TypeVar("Item")
+
+READERS = 4  # threads that decode pictures
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, PillowImage.DecompressionBombError)
+"""What Pillow's readers make of missing, damaged and absurd files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,22 +51,75 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def pictures_of(
-    folder: Path, prompts: Sequence[Metadata], images_per_prompt: int, relative_to: Path
-) -> Iterator[Picture]:
-    """The first `images_per_prompt` pictures of each prompt in a folder of the published layout, read one by one.
+def read_picture(path: Path, filename: str, metadata: Metadata) -> Picture:
+    """A picture from its file, turned as its EXIF says; one with a `problem` where that is missing or damaged."""
+    try:
+        with PillowImage.open(path) as image:
+            return Picture(filename, metadata, np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+    except UNREADABLE as error:
+        return Picture(filename, metadata, None, type(error).__name__)
 
-    Filenames are relative to `relative_to`. A missing or damaged file is a picture with a `problem`.
+
+def read_pictures(files: Iterable[tuple[Path, str, Metadata]], ahead: int = 32) -> Iterator[Picture]:
+    """Pictures of (path, filename, metadata) in order, at most `ahead` of them decoded before they are asked for."""
+    waiting: deque[Future[Picture]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for file in files:
+                waiting.append(pool.submit(read_picture, *file))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # who stops early does not wait for the rest
+            for future in waiting:
+                future.cancel()
+
+
+def judged(
+    detector: Detector,
+    pictures: Iterable[Picture],
+    batch_size: int = 64,
+    colors: ColorClassifier | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One results.jsonl line for each picture, in order; see `eval.geneval.scoring.result_row`.
+
+    Args:
+        detector: Finds the objects; its `scoring` holds the thresholds.
+        pictures: Taken a batch at a time.
+        batch_size: Pictures that the detector gets at once.
+        colors: Tells the colours of a batch's objects at once, of those that prompts ask about; None where the detector
+            tells them.
     """
-    for index, metadata in enumerate(prompts):
-        for number in range(images_per_prompt):
-            path = sample_path(folder, index, number)
-            name = path.relative_to(relative_to).as_posix()
-            try:
-                with PillowImage.open(path) as image:
-                    yield Picture(name, metadata, np.asarray(image.convert("RGB")))
-            except (OSError, SyntaxError, UnidentifiedImageError) as error:  # Pillow's PNG reader raises SyntaxError
-                yield Picture(name, metadata, None, type(error).__name__)
+    for batch in batched(pictures, batch_size):
+        readable = [picture for picture in batch if picture.image is not None]
+        found = detector.detect([picture.image for picture in readable if picture.image is not None])
+        if colors is not None:
+            found = _colored(readable, found, detector, colors)
+        detections = iter(found)
+        for picture in batch:
+            if picture.image is None:
+                yield unreadable_row(picture.filename, picture.metadata, picture.problem)
+            else:
+                verdict = judge_picture(next(detections), picture.metadata, detector.scoring)
+                yield result_row(picture.filename, picture.metadata, verdict)
+
+
+def _colored(
+    pictures: Sequence[Picture], found: Sequence[list[Detection]], detector: Detector, classifier: ColorClassifier
+) -> list[list[Detection]]:
+    """The detections of each picture, those with their colours whose colours its prompt asks for."""
+    asked: list[tuple[Image, Detection]] = []
+    for picture, detections in zip(pictures, found, strict=True):
+        kept = keep_detections(detections, picture.metadata["tag"], detector.scoring)
+        assert picture.image is not None
+        asked += [(picture.image, detection) for detection in color_candidates(kept, picture.metadata)]
+    names = classifier.classify(asked) if asked else []
+    colors = {id(detection): name for (_, detection), name in zip(asked, names, strict=True)}
+    return [
+        [replace(one, color=colors[id(one)]) if id(one) in colors else one for one in detections]
+        for detections in found
+    ]
 
 
 def judge_pictures(
@@ -71,27 +129,14 @@ def judge_pictures(
     batch_size: int = 64,
     what: str = "judge",
     progress: bool = True,
+    colors: ColorClassifier | None = None,
 ) -> list[dict[str, Any]]:
-    """Judge pictures and give one results.jsonl line for each, in order; see `eval.geneval.scoring.result_row`.
-
-    Args:
-        detector: Finds the objects; its `scoring` holds the thresholds.
-        pictures: Read as they are needed, so that only a batch is in memory.
-        total: How many there are, for the progress bar.
-        batch_size: Pictures that the detector gets at once.
-        what: Name of the progress bar.
-        progress: Show it.
-    """
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=total, desc=what, unit="picture", disable=not progress) as bar:
-        for batch in batched(pictures, batch_size):
-            found = iter(detector.detect([picture.image for picture in batch if picture.image is not None]))
-            for picture in batch:
-                if picture.image is None:
-                    rows.append(unreadable_row(picture.filename, picture.metadata, picture.problem))
-                else:
-                    verdict = judge_picture(next(found), picture.metadata, detector.scoring)
-                    rows.append(result_row(picture.filename, picture.metadata, verdict))
-            bar.update(len(batch))
+    """What `judged` gives, with a progress bar called `what` over `total` pictures."""
+    rows = list(
+        tqdm(
+            judged(detector, pictures, batch_size, colors), total=total, desc=what, unit="picture",
+            disable=not progress,
+        )
+    )  # fmt: skip
     assert len(rows) == total, (len(rows), total)
     return rows

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import shapes
-from data_pipeline.geneval_text import prompt_for
+from data_pipeline.geneval_text import TAGS, prompt_for
 from eval.files import read_jsonl, write_jsonl, write_text
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "COLORS",
     "RELATIONS",
     "Metadata",
+    "check_metadata",
     "coco_prompts",
     "read_prompts",
     "shapes_prompts",
@@ -154,8 +155,18 @@ def read_prompts(path: Path) -> list[Metadata]:
     file = path / METADATA_FILE if path.is_dir() else path
     entries = read_jsonl(file)
     if not entries:
-        raise ValueError(f"{file} holds no prompts; write them with coco_prompts or shapes_prompts")
+        raise ValueError(f"{file} holds no prompts; write them with `t2i geneval prompts --out FOLDER`")
     for number, entry in enumerate(entries, start=1):
-        if missing := [key for key in ("tag", "include", "prompt") if key not in entry]:
-            raise ValueError(f"{file} entry {number} lacks {', '.join(missing)}; it is no GenEval metadata")
+        check_metadata(entry, f"{file} entry {number}")
     return entries
+
+
+def check_metadata(entry: Metadata, where: str) -> None:
+    """Raise ValueError unless an entry says what scoring needs: its task, prompt, and clauses of class and count."""
+    if missing := [key for key in ("tag", "include", "prompt") if key not in entry]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it is no GenEval metadata")
+    if entry["tag"] not in TAGS:
+        raise ValueError(f"{where} has task {entry['tag']!r}; it must be one of {', '.join(TAGS)}")
+    clauses = [*entry["include"], *entry.get("exclude", [])]
+    if not all(isinstance(clause, dict) and {"class", "count"} <= clause.keys() for clause in clauses):
+        raise ValueError(f"{where} has clauses without class or count; it is no GenEval metadata")

@@ -7,42 +7,41 @@ fills a folder (EXPORT/geneval by default):
     report.html                         everything to look at, in one file
     summary.json                        scores with their intervals, ceilings, where the model comes from
     results.jsonl                       one line per picture, with the published fields
+    parts/                              the same prompt by prompt, as they came; see `eval.geneval.score`
     evaluation_metadata.jsonl, generation_prompts.txt      the prompts
     pictures/MODEL-PROMPTS/00000/...    the pictures, in the published layout
-    ceiling/*.jsonl                     the judge on correct pictures and on their reconstructions
+    ceiling/*.jsonl                     the shapes judge on correct pictures and on their reconstructions
 
 Run again, it goes on where it stopped, and on an unchanged export only renders the report again. MODEL and PROMPTS are
-checksums of the export's files and of the prompts, so pictures of another export (a later step, say) or of other
-prompts get a folder of their own: they are never mixed, and what took long to draw is not thrown away. results.jsonl,
-summary.json and the report are of the last call; folders under pictures/ that are no longer wanted may be deleted.
+checksums of the export's files and of the prompts (with seed and sampling options, where those are given), so pictures of
+another export (a later step, say) or of other prompts get a folder of their own: they are never mixed, and what took long to
+draw is not thrown away. results.jsonl, summary.json and the report are of the last call; folders under pictures/ that are no
+longer wanted may be deleted.
+
+Under a launcher each rank draws and judges its share of the prompts; the one that finishes last does the rest.
 """
 
-import hashlib
-import inspect
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 
 from data_pipeline import shapes
-from eval.files import read_jsonl, write_jsonl, write_text
-from eval.generate import generate
-from eval.geneval import scoring
+from eval.exports import Export
+from eval.files import json_sha256, read_jsonl, write_jsonl, write_text
+from eval.generate import generate, sample_path
 from eval.geneval.ceiling import ground_truth_pictures, reconstructed_pictures
-from eval.geneval.detectors import Detector, load_detector
-from eval.geneval.judging import Picture, judge_pictures, pictures_of
-from eval.geneval.prompts import Metadata, shapes_prompts, write_prompts
+from eval.geneval.judges import Judge, load_judge
+from eval.geneval.judging import Picture, judge_pictures
+from eval.geneval.options import JudgeOptions, SamplingOptions
+from eval.geneval.prompts import Metadata, coco_prompts, shapes_prompts, write_prompts
 from eval.geneval.report import Report, read_losses, write_report
+from eval.geneval.score import PromptPictures, score_pictures, write_summary
 from eval.geneval.statistics import Summary, score_table, summarize
-from t2i.devices import choose_device
-from t2i.pipeline import ExportDescription, TextToImagePipeline, read_description
+from eval.ranks import Ranks
 
 __all__ = ["run_geneval"]
 
@@ -50,61 +49,20 @@ GROUND_TRUTH, RECONSTRUCTION = "ground truth", "reconstruction"
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Export:
-    """An export's folder; its models are loaded when the first picture is wanted, which may be never."""
-
-    folder: Path
-
-    @cached_property
-    def description(self) -> ExportDescription:
-        return read_description(self.folder)
-
-    @cached_property
-    def pipe(self) -> TextToImagePipeline:
-        return TextToImagePipeline.from_pretrained(self.folder, choose_device())
-
-    def __call__(self, prompts: list[str], *, seeds: list[int], **sampling: Any) -> list[Image.Image]:
-        return self.pipe(prompts, seeds=seeds, **sampling)
-
-    def checksum(self, *patterns: str) -> str:
-        """SHA-256 over names and contents of the files that match, in hexadecimal."""
-        digest = hashlib.sha256()
-        for path in sorted(path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()):
-            with open(path, "rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{path.relative_to(self.folder).as_posix()} {content}\n".encode())
-        return digest.hexdigest()
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of everything that a picture depends on; the output folder may lie inside the export, so not of all."""
-        return self.checksum("config.json", "model.safetensors", "text_encoder/*", "tokenizer/*")
+def _choose_judge(export: Export, judge: str | None) -> str:
+    """The judge that is asked for, else the shapes judge for pictures of its size, else Mask2Former."""
+    if judge is not None:
+        return judge
+    return "shapes" if export.description.image_size == shapes.IMAGE_SIZE else "mask2former"
 
 
-def _check(export: _Export, judge: str, images_per_prompt: int, batch_size: int) -> None:
-    if images_per_prompt < 1 or batch_size < 1:
-        raise ValueError(f"images per prompt ({images_per_prompt}) and batch size ({batch_size}) must be at least 1")
-    if export.description.model.condition != "text":
-        raise ValueError(f"{export.folder} draws classes, not captions; GenEval needs a text-to-image export")
-    if not export.description.tokenizer:
-        raise ValueError(f"{export.folder} has no image tokenizer and draws no pictures; make it again with one")
+def _check_size(export: Export, judge: Judge) -> None:
     size = export.description.image_size
-    if judge == "shapes" and size != shapes.IMAGE_SIZE:
+    if judge.image_size not in (None, size):
         raise ValueError(
-            f"{export.folder} draws pictures of {size}x{size}; the shapes judge sees only {shapes.IMAGE_SIZE}x"
-            f"{shapes.IMAGE_SIZE}, the size of the embedded data set"
+            f"{export.folder} draws pictures of {size}x{size}; the shapes judge sees only {judge.image_size}x"
+            f"{judge.image_size}, the size of the embedded data set"
         )
-
-
-def _sha256(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
-
-
-def _code(detector: Detector) -> str:
-    """SHA-256 of the code that verdicts depend on: those of an older judge must not stand beside a newer one's."""
-    names = (type(detector).__module__, scoring.__name__, shapes.__name__)
-    return _sha256([inspect.getsource(sys.modules[name]) for name in names])
 
 
 def _kept(file: Path, made_from: dict[str, Any], judge: Callable[[], Rows]) -> Rows:
@@ -120,14 +78,21 @@ def _kept(file: Path, made_from: dict[str, Any], judge: Callable[[], Rows]) -> R
 
 
 def _ceilings(
-    export: _Export,
+    export: Export,
     out: Path,
     prompts: Sequence[Metadata],
     images_per_prompt: int,
     batch_size: int,
-    judging: Callable[[Iterator[Picture], str], Rows],
-    made_from: dict[str, Any],
+    judge: Judge,
+    progress: bool,
 ) -> dict[str, Summary]:
+    """What the judge says of correct shapes pictures, and of what the image tokenizer makes of them."""
+    made_from = {**judge.made_from, "prompts": json_sha256(prompts), "images_per_prompt": images_per_prompt}
+
+    def judging(pictures: Iterator[Picture], what: str) -> Rows:
+        total = len(prompts) * images_per_prompt
+        return judge_pictures(judge.detector, pictures, total, batch_size, f"judge {what}", progress)
+
     correct = _kept(
         out / "ceiling" / "ground_truth.jsonl",
         made_from,
@@ -147,88 +112,93 @@ def run_geneval(
     export: Path,
     out: Path,
     *,
-    judge: str = "shapes",
+    judge: str | None = None,
     per_task: int = 100,
     images_per_prompt: int = 4,
     batch_size: int = 64,
+    judge_batch_size: int | None = None,
     run_dir: Path | None = None,
+    seed: int = 0,
+    judge_options: JudgeOptions | None = None,
+    sampling: SamplingOptions | None = None,
+    device: str | None = None,
+    ranks: Ranks | None = None,
     progress: bool = True,
-) -> Summary:
+) -> Summary | None:
     """Score an export and write its report; prints the table of scores and the report's path.
 
     Args:
         export: What `t2i export` wrote.
         out: Folder for everything that the module's description lists.
-        judge: Name of the detector; "shapes" brings its own prompts.
+        judge: "shapes" or "mask2former", each with its own prompts; when None the one that fits the export's pictures.
         per_task: Prompts of each task, at most.
         images_per_prompt: Pictures of each prompt.
-        batch_size: Pictures drawn, reconstructed or judged at once.
+        batch_size: Pictures drawn at once, and reconstructed or judged for the ceilings.
+        judge_batch_size: Pictures judged at once; what suits the judge when None.
         run_dir: Training run whose metrics.jsonl gives the loss curve.
+        seed: Another seed draws other pictures.
+        judge_options: The judge's models and thresholds.
+        sampling: How pictures are drawn.
+        device: Where models run; the GPU of this rank or the processor when None.
+        ranks: This process's share of the work.
         progress: Show progress bars.
+
+    Returns the scores, or None where other ranks have not finished their shares: the last one does the rest.
 
     Raises:
         ValueError: no export of a text model there, an image size that the judge cannot see, no such judge, numbers
             below one, or a `run_dir` without metrics.
     """
-    source = _Export(export)
-    _check(source, judge, images_per_prompt, batch_size)
-    detector: Detector = load_detector(judge)
+    ranks = ranks or Ranks()
+    source = Export(export, device)
+    if images_per_prompt < 1 or batch_size < 1:
+        raise ValueError(f"images per prompt ({images_per_prompt}) and batch size ({batch_size}) must be at least 1")
+    source.check_draws_captions()
+    judging = load_judge(_choose_judge(source, judge), judge_options or JudgeOptions(), device=device)
+    _check_size(source, judging)
     losses = None if run_dir is None else read_losses(run_dir)
-    prompts = shapes_prompts(per_task)
+    on_shapes = judging.name == "shapes"
+    prompts = shapes_prompts(per_task) if on_shapes else coco_prompts(per_task)
     write_prompts(prompts, out)
 
-    folder = out / "pictures" / f"{source.sha256[:12]}-{_sha256(prompts)[:12]}"
-    made = generate(source, prompts, folder, images_per_prompt, batch_size, model=source.sha256, progress=progress)
-
-    def judging(pictures: Iterator[Picture], what: str) -> Rows:
-        total = len(prompts) * images_per_prompt
-        return judge_pictures(detector, pictures, total, batch_size, f"judge {what}", progress)
-
-    made_from = {
-        "prompts": _sha256(prompts),
-        "images_per_prompt": images_per_prompt,
-        "judge": judge,
-        "scoring": asdict(detector.scoring),
-        "code": _code(detector),
-    }
-    results = out / "results.jsonl"
-    if made:
-        results.with_suffix(".made_from.json").unlink(missing_ok=True)
-    rows = _kept(
-        results,
-        {**made_from, "model": source.sha256},
-        lambda: judging(pictures_of(folder, prompts, images_per_prompt, out), "pictures"),
-    )
-    ceilings = _ceilings(source, out, prompts, images_per_prompt, batch_size, judging, made_from)
-    summary = summarize(rows)
-
+    given = (sampling or SamplingOptions()).given
+    drawn_by = [prompts, seed, given] if seed or given else prompts
+    folder = out / "pictures" / f"{source.sha256[:12]}-{json_sha256(drawn_by)[:12]}"
+    generate(
+        source, prompts, folder, images_per_prompt, batch_size, ranks.rank, ranks.ranks, seed=seed, model=source.sha256,
+        sampling=given, progress=progress,
+    )  # fmt: skip
+    pictures = [
+        PromptPictures(index, metadata, tuple(sample_path(folder, index, n) for n in range(images_per_prompt)))
+        for index, metadata in enumerate(prompts)
+    ]
     provenance = source.description.provenance
-    judged_at = datetime.fromtimestamp(results.stat().st_mtime, UTC)
-    document = {
-        "model": {**asdict(provenance), "sha256": source.sha256},
-        "judge": judge,
-        "judged_at": judged_at.isoformat(timespec="seconds"),
-        "images_per_prompt": images_per_prompt,
-        "scores": summary.to_json(),
-        "ceilings": {name: ceiling.to_json() for name, ceiling in ceilings.items()},
-    }
-    write_text(out / "summary.json", json.dumps(document, indent=2) + "\n")
+    scores = score_pictures(
+        pictures, out, judging, ranks=ranks, batch_size=judge_batch_size, progress=progress,
+        more={
+            "model": {**asdict(provenance), "sha256": source.sha256},
+            "images_per_prompt": images_per_prompt, "seed": seed, "sampling": given,
+        },
+    )  # fmt: skip
+    if scores is None:
+        return None
+    ceilings = _ceilings(source, out, prompts, images_per_prompt, batch_size, judging, progress) if on_shapes else {}
+    scores.document["ceilings"] = {name: ceiling.to_json() for name, ceiling in ceilings.items()}
+    write_summary(scores, out)
     report = Report(
         recipe=provenance.recipe,
         step=provenance.step,
         checksum=source.sha256,
-        judge=judge,
-        judged_at=judged_at,
-        summary=summary,
+        judge=judging.name,
+        judged_at=scores.judged_at,
+        summary=scores.summary,
         ceilings=ceilings,
-        rows=rows,
+        rows=scores.rows,
         pictures=out,
         losses=losses,
     )
     write_report(report, out / "report.html")
-    console = Console()
-    console.print(
-        score_table(summary, ceilings, f"GenEval, judge {judge}: {provenance.recipe}, step {provenance.step}")
-    )
+    title = f"GenEval, judge {judging.name}: {provenance.recipe}, step {provenance.step}"
+    Console().print(score_table(scores.summary, ceilings, title))
     print(f"report: {out / 'report.html'}")
-    return summary
+    return scores.summary

@@ -206,6 +206,11 @@ class ShapesJudge:
 
     scoring = ScoringOptions(threshold=SCORE_THRESHOLD, counting_threshold=SCORE_THRESHOLD)
 
+    def __init__(self, scoring: ScoringOptions | None = None) -> None:
+        """`scoring` are other thresholds than its own."""
+        if scoring is not None:
+            self.scoring = scoring
+
     def detect(self, images: Sequence[Image]) -> list[list[Detection]]:
         """All regions of a palette colour in each picture, with what they resemble; uint8 [64, 64, 3] each."""
         return [_detect_one(image) for image in images]

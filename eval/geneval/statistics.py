@@ -207,7 +207,9 @@ def score_table(summary: Summary, ceilings: Mapping[str, Summary] | None = None,
         is_overall = score.tag == "overall"
         if is_overall:
             table.add_section()
-        cells = [score.tag, f"{score.correct}/{score.images}", str(score.per_image), f"{score.per_prompt.value:.3f}"]
+        # Beside ceilings there is no room for another interval on a line of 80 characters.
+        any_right = f"{score.per_prompt.value:.3f}" if ceilings else str(score.per_prompt)
+        cells = [score.tag, f"{score.correct}/{score.images}", str(score.per_image), any_right]
         for ceiling in ceilings.values():
             cells.append(f"{ceiling[score.tag].per_image.value:.3f}" if score.tag in ceiling.tags else "-")
         table.add_row(*cells, style="bold" if is_overall else None)

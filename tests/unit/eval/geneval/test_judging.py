@@ -1,7 +1,9 @@
 """Batches, counts and unreadable files on the way from pictures to results."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
-from eval.generate import sample_path
 from eval.geneval.ceiling import ground_truth_pictures, reconstructed_pictures
 from eval.geneval.detections import Detection, Image
-from eval.geneval.judging import Picture, batched, judge_pictures, pictures_of
+from eval.geneval.judging import READERS, Picture, batched, judge_pictures, read_picture, read_pictures
 from eval.geneval.prompts import shapes_prompts
 from eval.geneval.scoring import ScoringOptions
 
@@ -73,21 +74,105 @@ def test_no_more_than_a_batch_is_read_ahead() -> None:
     judge_pictures(Watching(), pictures(), 10, batch_size=4, progress=False)
 
 
-def test_folders_are_read_in_order_and_damage_is_kept(tmp_path: Path) -> None:
-    for index in range(2):
-        for number in range(2):
-            path = sample_path(tmp_path, index, number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            PillowImage.fromarray(gray(100 * index + number)).save(path)
-    sample_path(tmp_path, 0, 1).write_bytes(b"not a picture")
-    sample_path(tmp_path, 1, 0).unlink()
-    pictures = list(pictures_of(tmp_path, [METADATA, METADATA], 2, tmp_path))
-    assert [picture.filename for picture in pictures] == [
-        "00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png", "00001/samples/0001.png",
-    ]  # fmt: skip
-    assert [picture.problem for picture in pictures] == ["", "UnidentifiedImageError", "FileNotFoundError", ""]
-    assert pictures[3].image is not None
-    assert (pictures[3].image == 101).all()
+def test_files_are_read_in_order_and_damage_is_kept(tmp_path: Path) -> None:
+    files = []
+    for number in range(40):
+        path = tmp_path / f"{number}.png"
+        PillowImage.fromarray(gray(number)).save(path)
+        files.append((path, f"picture {number}", METADATA))
+    files[1][0].write_bytes(b"not a picture")
+    files[2][0].unlink()
+    files[3][0].write_bytes(files[0][0].read_bytes()[:43])
+    pictures = list(read_pictures(files, ahead=3))
+    assert [picture.filename for picture in pictures] == [f"picture {number}" for number in range(40)]
+    problems = [picture.problem for picture in pictures]
+    assert problems[:4] == ["", "UnidentifiedImageError", "FileNotFoundError", "OSError"]
+    assert set(problems[4:]) == {""}
+    for number, picture in enumerate(pictures):
+        assert (picture.image is None) == bool(picture.problem)
+        assert picture.image is None or (picture.image == number).all()
+
+
+def test_no_more_pictures_than_asked_for_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def read(path: Path, filename: str, metadata: Any) -> Picture:
+        started.append(int(filename))
+        return Picture(filename, metadata, gray(0))
+
+    monkeypatch.setattr("eval.geneval.judging.read_picture", read)
+    pictures = read_pictures(((Path(), str(number), METADATA) for number in range(100)), ahead=5)
+    for number in range(10):
+        assert next(pictures).filename == str(number)
+        assert max(started) <= number + 5
+    pictures.close()  # type: ignore[attr-defined]
+    assert len(started) <= 10 + 5 + READERS
+
+
+def test_pictures_are_turned_as_their_exif_says_and_made_rgb(tmp_path: Path) -> None:
+    exif = PillowImage.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    pixels = np.zeros((2, 4, 3), dtype=np.uint8)
+    pixels[0] = 200
+    PillowImage.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    turned = read_picture(tmp_path / "turned.png", "", METADATA).image
+    assert turned is not None
+    np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+    PillowImage.new("L", (3, 2), 7).save(tmp_path / "grey.png")
+    grey = read_picture(tmp_path / "grey.png", "", METADATA).image
+    assert grey is not None
+    assert grey.shape == (2, 3, 3)
+    assert (grey == 7).all()
+
+
+COLORED = {
+    "tag": "colors",
+    "include": [{"class": "star", "count": 1, "color": "red"}],
+    "prompt": "a photo of a red star",
+}
+
+
+class Boxes:
+    """Sees as many stars as a picture's first pixel says, the n-th with score 1 - n / 10; and a cow."""
+
+    scoring = ScoringOptions()
+
+    def detect(self, images: Sequence[Image]) -> list[list[Detection]]:
+        return [
+            [Detection("cow", (0, 0, 1, 1), 0.99)]
+            + [Detection("star", (n, 0, n + 1, 1), 1 - n / 10) for n in range(int(image[0, 0, 0]))]
+            for image in images
+        ]
+
+
+class ByFirstPixel:
+    """Says "red" of what it is shown first in a picture, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[int, float]]] = []
+
+    def classify(self, objects: Sequence[tuple[Image, Detection]]) -> list[str]:
+        self.calls.append([(int(image[0, 0, 0]), detection.score) for image, detection in objects])
+        return ["red" if image[0, 0, 0] != 2 else "blue" for image, _ in objects]
+
+
+def test_colors_are_asked_for_once_a_batch_and_only_of_objects_that_a_prompt_asks_about() -> None:
+    two = {**COLORED, "include": [{"class": "star", "count": 2, "color": "red"}]}
+    asked = [(0, COLORED), (3, COLORED), (1, METADATA), (2, COLORED), (3, two), (1, two), (1, COLORED)]
+    pictures = [Picture(str(place), metadata, gray(stars)) for place, (stars, metadata) in enumerate(asked)]
+    pictures.insert(2, Picture("lost", COLORED, None, "gone"))
+    classifier = ByFirstPixel()
+    rows = judge_pictures(Boxes(), pictures, 8, batch_size=6, progress=False, colors=classifier)
+    assert classifier.calls == [[(3, 1.0), (2, 1.0), (3, 1.0), (3, 0.9)], [(1, 1.0)]]
+    assert [row["correct"] for row in rows] == [False, True, False, True, False, True, False, True]
+    assert "expected red star>=1, found 0 red; and 1 blue" in rows[4]["reason"]
+    assert json.loads(rows[5]["colors"]) == {"cow": [None], "star": ["red", "red", None]}
+
+
+def test_without_colored_prompts_the_classifier_is_not_asked() -> None:
+    classifier = ByFirstPixel()
+    judge_pictures(Boxes(), [Picture("0", METADATA, gray(1))], 1, progress=False, colors=classifier)
+    assert classifier.calls == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])

@@ -1,0 +1,285 @@
+"""Verdicts on a folder of pictures in GenEval's published layout, whoever made them.
+
+    t2i geneval score IMAGES --out RESULTS
+
+fills the folder RESULTS:
+
+    results.jsonl     one line per picture, with the published fields; filenames are relative to this folder
+    summary.json      scores with their intervals, counts, and what the verdicts depend on
+    parts/JUDGE/      the lines of each prompt as they come, JUDGE a checksum of the judge and its settings
+
+Several ranks share the prompts and talk through these parts alone; the one that finishes last puts the whole together. Run
+again, only prompts are judged that have no part yet, or one of other pictures: files are told by their size and time.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipeline.atomic import write_bytes
+from eval.files import json_sha256, write_text
+from eval.geneval.judges import Judge
+from eval.geneval.judging import Picture, judged, read_pictures
+from eval.geneval.prompts import Metadata, check_metadata
+from eval.geneval.statistics import Summary, summarize
+from eval.ranks import Ranks
+
+__all__ = ["PromptPictures", "Scores", "list_pictures", "score_pictures", "write_summary"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+METADATA_FILE, SAMPLES = "metadata.jsonl", "samples"
+RESULTS_FILE, SUMMARY_FILE, PARTS = "results.jsonl", "summary.json", "parts"
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PromptPictures:
+    """The pictures of one prompt: its number, which the ranks share the work by, its metadata, and the files."""
+
+    number: int
+    metadata: Metadata
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All verdicts on a folder.
+
+    Attributes:
+        rows: Lines of results.jsonl.
+        summary: The scores.
+        judged_at: When the last verdict was made.
+        document: What summary.json says.
+    """
+
+    rows: Rows
+    summary: Summary
+    judged_at: datetime
+    document: dict[str, Any]
+
+    @property
+    def remarks(self) -> list[str]:
+        """A line each about what is not as it is in the published evaluation, where every prompt has as many pictures."""
+        lines = []
+        if numbers := self.document["prompts_without_pictures"]:
+            lines.append(f"{len(numbers)} prompts have no pictures and are not in the scores: {_some(numbers)}")
+        if len(counts := self.document["prompts_by_pictures"]) > 1:
+            lines.append(
+                "prompts differ in pictures: " + ", ".join(f"{prompts} have {n}" for n, prompts in counts.items())
+            )
+        if names := self.document["unreadable"]:
+            lines.append(f"{len(names)} pictures could not be read and count as wrong: {_some(names)}")
+        return lines
+
+
+def _some(names: Sequence[object], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more (in {SUMMARY_FILE})" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
+
+
+def list_pictures(images: Path, images_per_prompt: int | None = None) -> list[PromptPictures]:
+    """The prompts of a folder in the published layout, by number, with their pictures.
+
+    A prompt is a folder with a number for a name, with a metadata.jsonl (one entry) and pictures that have numbers for
+    names under samples/; they may differ in how many, or have none. At most `images_per_prompt` of each, the first ones.
+
+    Raises ValueError where there is no such folder, for metadata that are none, and for two pictures of one number.
+    """
+    if images_per_prompt is not None and images_per_prompt < 1:
+        raise ValueError(f"images per prompt is {images_per_prompt}; give at least 1, or leave it out for all")
+    folders = [path for path in images.glob("*") if path.is_dir() and path.name.isdecimal()]
+    if not folders:
+        raise ValueError(
+            f"{images} has no folders 00000, 00001 ... of prompts; give a folder in GenEval's layout, as "
+            "`t2i geneval generate` makes it"
+        )
+    return [_prompt(folder, images_per_prompt) for folder in sorted(folders, key=lambda path: (int(path.name), path))]
+
+
+def _prompt(folder: Path, images_per_prompt: int | None) -> PromptPictures:
+    file = folder / METADATA_FILE
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no {METADATA_FILE} and so no prompt; restore it, or remove the folder"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not one JSON object ({error}); restore it") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{file} is not one JSON object; restore it")
+    check_metadata(metadata, str(file))
+    found = [
+        path
+        for path in (folder / SAMPLES).glob("*")
+        if path.stem.isdecimal() and path.suffix.lower() in SUFFIXES and path.is_file()
+    ]
+    files = sorted(found, key=lambda path: (int(path.stem), path))
+    for one, other in pairwise(files):
+        if int(one.stem) == int(other.stem):
+            raise ValueError(f"{folder / SAMPLES} has picture {int(one.stem)} twice: {one.name} and {other.name}")
+    return PromptPictures(int(folder.name), metadata, tuple(files[:images_per_prompt]))
+
+
+def _identity(path: Path) -> list[int] | None:
+    """Size and time of a file, which tell whether it is the one that was judged; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+class _Parts:
+    """The verdicts on each prompt's pictures, a file a prompt; a reader sees a whole one or none."""
+
+    def __init__(self, out: Path, made_from: Mapping[str, Any]) -> None:
+        self._out, self._folder = out, out / PARTS / json_sha256(made_from)[:12]
+
+    def filename(self, path: Path) -> str:
+        """What results.jsonl calls a picture: its path from there."""
+        return Path(os.path.relpath(path, self._out)).as_posix()
+
+    def stamp(self, prompt: PromptPictures) -> dict[str, Any]:
+        """What a part is of."""
+        files = {self.filename(path): _identity(path) for path in prompt.files}
+        return {"metadata": prompt.metadata, "files": files}
+
+    def load(self, prompt: PromptPictures) -> Rows | None:
+        """The lines of a prompt, if they are of its pictures as they are now."""
+        try:
+            part = json.loads(self._path(prompt).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if part.get("of") != self.stamp(prompt):
+            return None
+        rows: Rows = part["rows"]
+        return rows
+
+    def save(self, prompt: PromptPictures, stamp: Mapping[str, Any], rows: Rows) -> None:
+        write_text(self._path(prompt), json.dumps({"of": stamp, "rows": rows}) + "\n")
+
+    def _path(self, prompt: PromptPictures) -> Path:
+        return self._folder / f"{prompt.number:05d}.json"
+
+
+def score_pictures(
+    prompts: Sequence[PromptPictures],
+    out: Path,
+    judge: Judge,
+    *,
+    ranks: Ranks | None = None,
+    batch_size: int | None = None,
+    more: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Scores | None:
+    """Judge this rank's share of the pictures and, once every share is judged, write results.jsonl and summary.json.
+
+    Args:
+        prompts: All prompts and their pictures, the same ones on every rank; a picture that is missing cannot be read.
+        out: The folder to fill.
+        judge: Who looks at them.
+        ranks: This process's share.
+        batch_size: Pictures that the judge gets at once; what suits it when None.
+        more: Further entries of summary.json, which come first.
+        progress: Show a progress bar, on the first rank.
+
+    Returns the scores, or None where other ranks have not finished theirs: the last one gets and writes them.
+
+    Raises ValueError for no pictures at all, prompts or pictures that the judge does not know, and a batch size below 1.
+    """
+    ranks = ranks or Ranks()
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; give at least 1")
+    if len({prompt.number for prompt in prompts}) < len(prompts):
+        numbers = Counter(prompt.number for prompt in prompts)
+        raise ValueError(f"there are two folders of prompt {numbers.most_common(1)[0][0]}; remove one")
+    shown = [prompt for prompt in prompts if prompt.files]
+    if not shown:
+        raise ValueError(f"none of the {len(prompts)} prompts has a picture; generate some first")
+    judge.check_prompts([prompt.metadata for prompt in shown])
+
+    parts = _Parts(out, judge.made_from)
+    mine = [prompt for prompt in shown if ranks.owns(prompt.number)]
+    missing = [prompt for prompt in mine if parts.load(prompt) is None]
+    total = sum(len(prompt.files) for prompt in mine)
+    with tqdm(
+        total=total, initial=total - sum(len(prompt.files) for prompt in missing), unit="picture", desc="judge",
+        disable=not progress or ranks.rank != 0,
+    ) as bar:  # fmt: skip
+        if missing:
+            # Before the pictures are read: one that is replaced meanwhile is judged again the next time.
+            stamps = [parts.stamp(prompt) for prompt in missing]
+            size = batch_size or judge.batch_size
+            files = ((path, parts.filename(path), prompt.metadata) for prompt in missing for path in prompt.files)
+            pictures = _of_known_size(read_pictures(files, ahead=2 * size), judge)
+            rows = judged(judge.detector, pictures, size, judge.colors)
+            for prompt, stamp in zip(missing, stamps, strict=True):
+                parts.save(prompt, stamp, list(islice(rows, len(prompt.files))))
+                bar.update(len(prompt.files))
+    return _gathered(prompts, shown, parts, out, judge, more or {})
+
+
+def _of_known_size(pictures: Iterator[Picture], judge: Judge) -> Iterator[Picture]:
+    """The pictures; ValueError for one of a size that the judge does not know."""
+    side = judge.image_size
+    for picture in pictures:
+        if side is not None and picture.image is not None and picture.image.shape[:2] != (side, side):
+            height, width = picture.image.shape[:2]
+            raise ValueError(
+                f"{picture.filename} is {width}x{height}; the judge {judge.name!r} sees only {side}x{side}, the size of the "
+                "embedded data set: choose the other judge"
+            )
+        yield picture
+
+
+def _gathered(
+    prompts: Sequence[PromptPictures],
+    shown: Sequence[PromptPictures],
+    parts: _Parts,
+    out: Path,
+    judge: Judge,
+    more: Mapping[str, Any],
+) -> Scores | None:
+    rows: Rows = []
+    for prompt in shown:
+        part = parts.load(prompt)
+        if part is None:
+            return None
+        rows += part
+    summary = summarize(rows)
+    results = out / RESULTS_FILE
+    _write_changed(results, "".join(json.dumps(row) + "\n" for row in rows))
+    judged_at = datetime.fromtimestamp(results.stat().st_mtime, UTC)
+    document = {
+        **more,
+        "judge": judge.name,
+        "judged_at": judged_at.isoformat(timespec="seconds"),
+        "made_from": dict(judge.made_from),
+        "prompts": len(shown),
+        "prompts_without_pictures": [prompt.number for prompt in prompts if not prompt.files],
+        "prompts_by_pictures": {str(n): count for n, count in sorted(Counter(len(p.files) for p in shown).items())},
+        "unreadable": [row["filename"] for row in rows if row.get("unreadable")],
+        "scores": summary.to_json(),
+    }
+    return Scores(rows, summary, judged_at, document)
+
+
+def write_summary(scores: Scores, out: Path) -> None:
+    """Write summary.json."""
+    write_text(out / SUMMARY_FILE, json.dumps(scores.document, indent=2) + "\n")
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Write a file unless it says so already: its time stays that of the last change."""
+    data = text.encode()
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
