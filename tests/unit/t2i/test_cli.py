@@ -29,6 +29,9 @@ COMMANDS = {
     "sample": "--guidance-scale",
     "doctor": "--hostfile",
     "geneval": "run",
+    "geneval prompts": "--per-task",
+    "geneval generate": "--guidance-scale",
+    "geneval score": "--counting-threshold",
     "geneval run": "--images-per-prompt",
     "score-classes": "--samples",
 }
