@@ -34,6 +34,7 @@ COMMANDS = {
     "geneval score": "--counting-threshold",
     "geneval run": "--images-per-prompt",
     "score-classes": "--samples",
+    "evaluate": "--reference",
 }
 
 
@@ -90,6 +91,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
         (["sample", "OUT", "a star", "--images", "0"], "0 images of each"),
         (["geneval", "run", "OUT"], "is no export"),
         (["score-classes", "OUT"], "is no export"),
+        (["evaluate", "OUT"], "is no folder"),
         (["data", "shapes", "--out", "OUT", "--frames", "2"], "clips of 2 frames cannot be made"),
         (["data", "shapes", "--out", "OUT", "--frames", "4", "--single-object"], "not both"),
         (["bench", "decode", "--sizes", "Q"], "no size 'Q'"),
@@ -134,6 +136,7 @@ def test_a_folder_of_the_wrong_kind_is_one_line_and_exit_code_2(
         (("data", "shapes", "--out", encoded_shapes), "was not made by this command"),
         (("sample", vq, "a star"), "no export: its config.json describes something else"),
         (("geneval", "run", vq), "no export: its config.json describes something else"),
+        (("evaluate", vq), "no export: its config.json describes something else"),
     ):
         assert call(monkeypatch, *arguments) == 2, arguments
         lines = capsys.readouterr().err.strip().splitlines()

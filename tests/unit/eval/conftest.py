@@ -1,5 +1,6 @@
 """A real export, a Mask2Former and a CLIP, small and random, for tests that run the whole evaluation on loaded folders."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,3 +101,22 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights of FID's Inception, 95 MB, that are random."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: object, **kwargs: object) -> None:  # it has none to load
+            pass
+
+    torch.manual_seed(0)
+    with io.BytesIO() as nothing:
+        torch.save({}, nothing)
+        nothing.seek(0)
+        network = Untrained("random", ["2048"], feature_extractor_weights_path=nothing)
+    file = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), file)
+    return file
