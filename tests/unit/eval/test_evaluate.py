@@ -1,6 +1,7 @@
 """The whole of `t2i evaluate`: an export and pictures of others, scores and what is written of them, damage and mistakes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from eval.pictures import list_pictures
 from eval.reference import ReferenceOptions, read_reference
 from t2i import cli
 
+MakeExport = Callable[..., Path]
 PROMPTS = ["a photo of a red star", "two circles", "a blue heart above a square"]
 
 
@@ -47,7 +49,9 @@ def slow_cosine(small_clip: Path, file: Path, prompt: str) -> float:
     return float(one @ other / one.norm() / other.norm())
 
 
-def test_an_export_is_drawn_and_scored(make_export, small_clip: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_an_export_is_drawn_and_scored(
+    make_export: MakeExport, small_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     export = make_export()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     clip = ClipOptions(f"local-dir:{small_clip}")
@@ -92,7 +96,9 @@ def test_an_export_is_drawn_and_scored(make_export, small_clip: Path, tmp_path: 
     assert json.loads(capsys.readouterr().out) == found
 
 
-def test_pictures_of_others_and_a_damaged_one(small_clip: Path, inception: Inception, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_pictures_of_others_and_a_damaged_one(
+    small_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = folder_of(tmp_path / "pictures", 6)
     (folder / "002.png").write_bytes(b"damaged")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -191,7 +197,7 @@ def test_long_prompts_are_told(small_clip: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_mistakes_are_told_before_anything_is_drawn(make_export, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_mistakes_are_told_before_anything_is_drawn(make_export: MakeExport, tmp_path: Path) -> None:
     export = make_export()
     folder = folder_of(tmp_path / "pictures", 2)
     (tmp_path / "prompts.txt").write_text("a\nb\n")
@@ -223,8 +229,12 @@ def test_mistakes_are_told_before_anything_is_drawn(make_export, tmp_path: Path,
 
 @pytest.mark.slow
 def test_the_command_with_the_true_architecture(
-    random_inception: Path, small_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    random_inception: Path,
+    small_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = folder_of(tmp_path / "pictures", 3)
     for path in sorted(folder.iterdir()):
         path.with_suffix(".txt").write_text("a red star")

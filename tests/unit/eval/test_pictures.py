@@ -94,7 +94,7 @@ def test_folders_without_pictures_or_prompts(tmp_path: Path) -> None:
         list_pictures(tmp_path)
     picture(tmp_path / "a.png")
     assert list_pictures(tmp_path) == PictureSet(tmp_path, ("a.png",))
-    with pytest.raises(ValueError, match="images per prompt is 2, and .* has no prompts"):
+    with pytest.raises(ValueError, match=r"images per prompt is 2, and .* has no prompts"):
         list_pictures(tmp_path, images_per_prompt=2)
     with pytest.raises(ValueError, match="images per prompt is 0"):
         list_pictures(tmp_path, images_per_prompt=0)
