@@ -15,15 +15,15 @@ _TRIES: Final = 1000
 class TolerantSet:
     """The samples of a set up to number `last`; in the place of one that cannot be read stands the next one that can.
 
-    Which one depends on the number alone, so every rank, and every number of ranks, trains on the same. `replaced` counts
-    how often it happened; `report` is called with number and error of each sample at its first time, from reader threads.
+    Which one depends on the number alone, so every rank, and every number of ranks, trains on the same. `report` is called
+    with number and error of each sample at its first time, from reader threads.
     """
 
     def __init__(self, shards: ShardSet, last: int, report: Callable[[int, ValueError], None]) -> None:
         self.root, self._shards, self._last, self._report = shards.root, shards, last, report
         self._lock = threading.Lock()
         self._known: set[int] = set()
-        self.replaced = 0
+        self._places: dict[int, int] = {}
 
     def __len__(self) -> int:
         return self._last
@@ -44,9 +44,13 @@ class TolerantSet:
                 continue
             if offset:
                 with self._lock:
-                    self.replaced += 1
+                    self._places[number] = other
             return sample
         raise ValueError(f"{min(_TRIES, self._last)} samples in a row cannot be read, the last one since: {last_error}")
+
+    def place(self, number: int) -> int:
+        """The number of the sample that was read in the place of sample `number`, which is itself as a rule."""
+        return self._places.get(number, number)
 
     def read_many(self, numbers: Sequence[int] | np.ndarray) -> list[RawSample | EncodedSample]:
         """The samples of these numbers, in their order, each as `read` gives it. Raises as `read`."""

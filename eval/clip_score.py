@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -56,9 +55,8 @@ class Clip:
         Raises ValueError where the files are damaged or are not of that architecture.
         """
         self.weights, self.device, self.prefix = weights, torch.device(device), prefix
-        self._model, self._preprocess = load_clip(weights)
+        self._model, self._preprocess, self._tokenizer = load_clip(weights)
         self._model.to(self.device).eval()
-        self._tokenizer = open_clip.get_tokenizer(weights.arch)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """A picture scaled, cropped to its centre and normalised, as the model's weights want it."""

@@ -13,6 +13,7 @@ A folder without `checkpoint.json` is what an interrupted save left behind; the 
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,12 +23,14 @@ from pathlib import Path
 from data_pipeline.atomic import write_bytes
 from t2i.checkpoint_writer import CheckpointWriter, check_space
 from t2i.config import Recipe, from_json
-from t2i.engine import Engine
+from t2i.engine import Engine, Runtime, broadcast_bytes
 from t2i.zero_shards import SavedStates
 
 MARKER = "checkpoint.json"
 RECIPE = "recipe.json"
 VOCABULARY = "spiece.model"
+SEEN_SECONDS = 60.0
+"""How long a rank waits to see a checkpoint that the first one sees: a network's file system may show it late."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,23 @@ class Inputs:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a whole checkpoint says of itself; `averaged` is whether it holds a moving average of the weights."""
+    """What a whole checkpoint says of itself.
+
+    Attributes:
+        layout: Digest of what of the DeepSpeed JSON decides how states lie in the files, see `t2i.engine.Engine.layout`.
+        averaged: Whether it holds a moving average of the weights.
+        inspected: Whether validation, sample grid and scores that were due at its step have been made: a signal comes first.
+        unreadable: Samples in whose place the run has trained on others.
+    """
 
     step: int
     ranks: int
     stage: int
     global_batch: int
+    layout: str
     averaged: bool
+    inspected: bool
+    unreadable: int
     inputs: Inputs
 
 
@@ -97,6 +110,24 @@ def newest(run_dir: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
+def newest_for_all(runtime: Runtime, run_dir: Path) -> Checkpoint | None:
+    """What `newest` is on the first rank, on every rank: each for itself might see another, while one is being written or
+    removed. Raises ValueError on a rank that does not come to see it."""
+    name = broadcast_bytes(runtime, lambda: (found.folder.name if (found := newest(run_dir)) else "").encode()).decode()
+    begun = time.monotonic()
+    while name:
+        for found in checkpoints(run_dir):
+            if found.folder.name == name:
+                return found
+        if time.monotonic() - begun > SEEN_SECONDS:
+            raise ValueError(
+                f"rank {runtime.rank} does not see {run_dir / 'checkpoints' / name}, which the first rank goes on from; put "
+                "--run-dir on a file system that all hosts share"
+            )
+        time.sleep(0.5)
+    return None
+
+
 class Saver:
     """Writes the checkpoints of a run, on all ranks, while its steps go on.
 
@@ -124,17 +155,18 @@ class Saver:
         self.saved: int | None = None
         """Step of the newest checkpoint of this process that is known to be whole."""
         self._pending: int | None = None
+        self._inspected, self._unreadable = True, 0
         self._marking = False
 
     def _folder(self, step: int) -> Path:
         return self.run_dir / "checkpoints" / f"step-{step:08d}"
 
-    def begin(self, step: int) -> str | None:
-        """Start a checkpoint; returns why the one before, or this one, could not be written, on all ranks alike."""
-        problem = self.finish()
+    def begin(self, step: int, inspected: bool = True, unreadable: int = 0) -> str | None:
+        """Start a checkpoint, once the one before is finished; returns why it could not be written, on all ranks alike."""
+        assert self._pending is None, "finish the one before first"
         begun = time.perf_counter()
-        folder = self._folder(step)
-        if problem is None and self.engine.runtime.is_first:
+        folder, problem = self._folder(step), None
+        if self.engine.runtime.is_first:
             try:
                 for other in folder.parent.glob("step-*"):
                     if not (other / MARKER).exists():
@@ -148,7 +180,7 @@ class Saver:
             self.engine.deepspeed.save_checkpoint(
                 str(folder.parent), tag=folder.name, client_state={"step": step}, save_latest=False
             )
-            self._pending = step
+            self._pending, self._inspected, self._unreadable = step, inspected, unreadable
         self.lost_seconds += time.perf_counter() - begun
         return problem if self.writer.background else problem or self.finish()
 
@@ -192,12 +224,21 @@ class Saver:
         return problem
 
     def _mark(self, step: int) -> None:
-        """Write the metadata, with which the checkpoint is whole, and remove what is old."""
+        """Write the metadata, with which the checkpoint is whole, and remove what is old, where it can be."""
         folder, engine = self._folder(step), self.engine
         for name, data in self.files.items():
             write_bytes(folder / name, data)
-        info = CheckpointInfo(step, engine.runtime.ranks, engine.stage, engine.global_batch, self.averaged, self.inputs)
+        info = CheckpointInfo(
+            step, engine.runtime.ranks, engine.stage, engine.global_batch, engine.layout, self.averaged, self._inspected,
+            self._unreadable, self.inputs,
+        )  # fmt: skip
         write_bytes(folder / MARKER, json.dumps(asdict(info)).encode())
+        try:
+            self._prune()
+        except (OSError, ValueError) as error:
+            print(f"\nan old checkpoint could not be removed: {error}", file=sys.stderr)
+
+    def _prune(self) -> None:
         for old in checkpoints(self.run_dir)[: -self.keep_last]:
             if (self.keep_every and old.info.step % self.keep_every == 0) or old.folder == self.resumed_from:
                 continue
@@ -206,15 +247,12 @@ class Saver:
             shutil.rmtree(old.folder)
 
 
-def resume(engine: Engine, run_dir: Path) -> Checkpoint | None:
-    """Load the newest whole checkpoint, if there is one, and return it.
+def resume(engine: Engine, found: Checkpoint) -> None:
+    """Load a checkpoint.
 
-    One of another number of ranks, or another ZeRO stage, is put together and cut anew. Raises ValueError where the global
-    batch is another, since the run would then see other samples.
+    One of another number of ranks, another ZeRO stage or another layout is put together and cut anew. Raises ValueError where
+    the global batch is another, since the run would then see other samples.
     """
-    found = newest(run_dir)
-    if found is None:
-        return None
     info, ranks = found.info, engine.runtime.ranks
     if info.global_batch != engine.global_batch:
         raise ValueError(
@@ -223,8 +261,7 @@ def resume(engine: Engine, run_dir: Path) -> Checkpoint | None:
             f"train_micro_batch_size_per_gpu and gradient_accumulation_steps to make {info.global_batch}, or choose another "
             "--run-dir"
         )
-    if (info.ranks, info.stage) == (ranks, engine.stage):
+    if (info.ranks, info.stage, info.layout) == (ranks, engine.stage, engine.layout):
         engine.load(found.folder)
     else:
         engine.restore(found.states(), info.step)
-    return found

@@ -5,10 +5,12 @@ processor, which is all that a step waits for, and writes the copies in a thread
 wrong is kept for whoever asks, and nothing is written after it.
 """
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,14 @@ class CheckpointWriter:
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, now or in the thread; errors are kept."""
         if self.background:
-            self.submit(partial(_write, in_memory(state_dict), Path(path)))
+            self.submit(partial(_write, plain(state_dict, copied=True), Path(path)))
         else:
-            self._attempt(partial(_write, state_dict, Path(path)))
+            self._attempt(partial(_write, plain(state_dict, copied=False), Path(path)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file back, to the processor."""
-        return load_saved(Path(path))
+        # Not mapped: an optimizer may keep the tensors that it is given, and the file will be removed one day.
+        return load_saved(Path(path), mapped=False)
 
     def commit(self, info: Any) -> bool:
         """All files have been handed over."""
@@ -109,15 +112,22 @@ class CheckpointWriter:
             self._error = error
 
 
-def in_memory(value: Any) -> Any:
-    """A copy whose tensors lie in the processor's memory, each alone; other values are as they were."""
+def plain(value: Any, copied: bool) -> Any:
+    """A state as it is to be written: members of enumerations as their values, which are read back without running code
+    (Python 3.11.2 pickles them as a call of getattr).
+
+    `copied`: tensors, each alone, in the processor's memory, and copies of whatever else may change while it is written,
+    such as the scale of an fp16 loss.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) if copied else value
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, dict):
-        return type(value)((key, in_memory(item)) for key, item in value.items())
+        return type(value)((key, plain(item, copied)) for key, item in value.items())
     if isinstance(value, list) or type(value) is tuple:
-        return type(value)(in_memory(item) for item in value)
-    return value
+        return type(value)(plain(item, copied) for item in value)
+    return copy.deepcopy(value) if copied else value
 
 
 def _write(state: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The `t2i` command: data, tokenizer, encoding, export, published weights, sampling, benchmarks, evaluation.
+"""The `t2i` command: data, tokenizer, encoding, plan, doctor, export, published weights, sampling, benchmarks, evaluation.
 
 Training has an entry point of its own, for the launcher: `deepspeed t2i/train.py RECIPE ...`. Handlers import what they
 need when they run, so that help is quick and an installation without the `eval` extra works.
@@ -15,6 +15,7 @@ from tyro.extras import SubcommandApp
 from eval.geneval.commands import geneval
 from t2i.bench.commands import bench
 from t2i.doctor.commands import Doctor, doctor
+from t2i.plan_command import PlanOptions, plan
 from t2i.tokenizer_config import TokenizerTraining
 
 EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy", "torch_fidelity")
@@ -22,8 +23,8 @@ EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy", "torch_fidelity")
 
 HELP = (
     "From image-text pairs to a text-to-image model and its score. In order: data, encode, then training with "
-    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Before a long run: doctor. Published "
-    "weights: convert. Speed: bench."
+    "`deepspeed t2i/train.py RECIPE ...`, export, sample, geneval. Before a long run: plan, doctor. "
+    "Published weights: convert. Speed: bench."
 )
 
 app = SubcommandApp()
@@ -155,57 +156,7 @@ def encode(
         print_table(manifest)
 
 
-@app.command(name="plan")
-def plan(
-    recipe: Positional[str],
-    nodes: int = 1,
-    gpus_per_node: int = 8,
-    gpu: str = "h100",
-    mfu: float = 0.4,
-    gpu_memory: float | None = None,
-    global_batch: int = 512,
-    micro_batch: int | None = None,
-    caption: int | None = None,
-    samples: int | None = None,
-    fp32: bool = False,
-    out: Path | None = None,
-    json: bool = False,
-) -> None:
-    """Tell what a run will take of a cluster, on paper: memory, traffic, time, disk, and the DeepSpeed JSON for it.
-
-    Args:
-        recipe: A recipe's name, or the recipe.json of a run.
-        nodes: Machines.
-        gpus_per_node: GPUs of each.
-        gpu: Which: h100, h200, b200, a100-80, a100-40, l40s, rtx4090, v100 and others.
-        mfu: Share of the GPUs' peak that the model's FLOPs make use of.
-        gpu_memory: Of each GPU, in GB; the data sheet's when not given.
-        global_batch: Samples of a step.
-        micro_batch: For which memory is told; the recommended one when not given.
-        caption: Tokens of the longest caption of a micro-batch, as it usually is, for FLOPs and time; 40 when not given.
-        samples: Of the data set; those of the recipe's folder, if it is there, when not given.
-        fp32: Train in fp32 in place of 16-bit numbers.
-        out: Where to write the recommended DeepSpeed JSON.
-        json: Print JSON in place of the tables.
-    """
-    from data_pipeline.atomic import write_bytes
-    from t2i.plan import Cluster, config_json, make_plan
-    from t2i.plan_report import plan_json, print_plan
-    from t2i.recipes import find_recipe
-
-    cluster = Cluster(nodes, gpus_per_node, gpu, mfu, gpu_memory)
-    made = make_plan(
-        find_recipe(recipe), cluster, global_batch=global_batch, micro_batch=micro_batch, caption_tokens=caption,
-        samples=samples, fp32=fp32,
-    )  # fmt: skip
-    if out is not None:
-        if made.config is None:
-            raise ValueError(f"no micro-batch of {recipe} fits a {gpu}, so there is nothing to write to {out}")
-        write_bytes(out, config_json(made.config))
-    if json:
-        print(plan_json(made))
-    else:
-        print_plan(made, str(out or "plan.json"))
+app.command(name="plan")(PlanOptions)
 
 
 @app.command(name="export")
@@ -363,7 +314,7 @@ def sample(
     print(f"{len(conditions)} {'clips' if pipe.draws_clips else 'pictures'} in {out}")
 
 
-app.command(bench, name="bench", help="Measure decoding and the training step on this machine.")
+app.command(bench, name="bench", help="Measure decoding, training steps, the loader and a whole run of NAR-XL here.")
 
 app.command(name="doctor")(Doctor)
 
@@ -467,7 +418,10 @@ def main() -> None:
     # Started under the DeepSpeed launcher, which puts this before everything else and also sets LOCAL_RANK.
     args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")]
     try:
-        if args[:1] == ["doctor"]:  # the recipe's fields, which are options of it, depend on its first argument
+        # The recipe's fields, which are options of these two, depend on their first argument.
+        if args[:1] == ["plan"]:
+            return plan(args[1:])
+        if args[:1] == ["doctor"]:
             sys.exit(doctor(args[1:]))
         app.cli(prog="t2i", args=args, description=HELP)
     except (ValueError, OSError) as error:

@@ -208,10 +208,6 @@ class TrainConfig:
     """Steps between sample grids; 0 writes none."""
     sample_prompts: tuple[str, ...] = ()
     """Captions (or class numbers) of the sample grid."""
-    judge_every: int = 0
-    """Steps between GenEval-shapes scores of pictures by the model, by the judge of the embedded data; 0 never asks it."""
-    judge_prompts: int = 10
-    """Prompts of each task that such a score is from, at most; a picture each."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep_last: int = 2
@@ -246,8 +242,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "log_every", "validate_every", "save_every", "keep_last", "max_bad_steps")
-        _at_least(self, 1, "judge_prompts")
-        _at_least(self, 0, "judge_every")
         _at_least(self, 0, "warmup_steps", "weight_decay", "min_lr", "sample_every", "keep_every", "decay_steps")
         _at_least(self, 0, "spike_deviations", "watchdog_seconds")
         if 0 < self.watchdog_seconds < 3:
@@ -288,6 +282,29 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """GenEval in training: scores of a few pictures, on the first rank. `t2i geneval run` measures for real."""
+
+    geneval_every: int = 0
+    """Steps between scores, which the last step has as well; 0 never scores."""
+    per_task: int = 10
+    """Prompts of each task, at most, always the same; a picture each."""
+    judge: Literal["shapes", "mask2former"] = "shapes"
+    """"shapes" is the exact judge of the embedded data, with prompts of its own; "mask2former" is GenEval's, with the first
+    published prompts of each task."""
+    detector: str | None = None
+    """Folder or hub name of the Mask2Former; that of `t2i geneval score` when not given, as for the next two."""
+    clip: str | None = None
+    """open_clip's architecture of the model that tells colours, or local-dir:FOLDER."""
+    clip_pretrained: str | None = None
+    """Its weights: a tag of open_clip's, or a file."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "geneval_every")
+        _at_least(self, 1, "per_task")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run: model, text encoder, tokenizer, data, schedule."""
 
@@ -307,6 +324,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     run_dir: Path = Path("runs/run")
     """Folder of the run: checkpoints, metrics, sample grids."""
 
@@ -322,10 +340,15 @@ class Recipe:
             raise ValueError(
                 f"recipe {self.name}: a text model needs one of text_encoder and frozen_text_encoder, and {encoders} are set"
             )
-        if self.train.judge_every and (self.model.condition != "text" or len(self.model.grid) != 2):
+        if self.eval.geneval_every and (self.model.condition != "text" or len(self.model.grid) != 2):
             raise ValueError(
-                f"recipe {self.name}: train.judge_every is {self.train.judge_every}, and the judge looks at pictures of "
-                "captions only; set it to 0"
+                f"recipe {self.name}: eval.geneval_every is {self.eval.geneval_every}, and GenEval is about pictures of "
+                "captions; set it to 0"
+            )
+        if self.eval.geneval_every and self.eval.judge == "shapes" and self.image_size != 64:
+            raise ValueError(
+                f"recipe {self.name}: eval.judge is 'shapes', which sees pictures of 64x64 alone, and image_size is "
+                f"{self.image_size}; set eval.judge to mask2former, or eval.geneval_every to 0"
             )
         if self.text_encoder is not None:
             if self.text_encoder.dim != self.model.condition_dim:

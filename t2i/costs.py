@@ -1,4 +1,4 @@
-"""What a recipe costs, on paper: parameters, and the FLOPs of a sample and of a step, with the GPUs that do them.
+"""What a recipe costs, on paper: parameters, checkpoints, the FLOPs of a sample and of a step, with the GPUs that do them.
 
 Pure arithmetic on the numbers of a recipe, importable without torch. FLOPs are those of matrix products alone, a
 multiplication and an addition being two. Attention counts as what is computed with a dense mask, the whole square of
@@ -124,6 +124,12 @@ def parameters(recipe: Recipe) -> dict[str, int]:
     for parameter in parameter_list(recipe):
         counts[parameter.part] = counts.get(parameter.part, 0) + parameter.size
     return counts
+
+
+def checkpoint_bytes(count: int, stage: int, item: int, averaged: bool) -> int:
+    """Size of a checkpoint of `count` parameters: fp32 weights, two moments and perhaps an average, and, but for ZeRO 3,
+    where they are nowhere whole, the weights as they are trained, of `item` bytes each."""
+    return count * (4 * (4 if averaged else 3) + (0 if stage == 3 else item))
 
 
 def blocks(model: ModelConfig) -> int:

@@ -1,10 +1,12 @@
 """DeepSpeed and torch.distributed, behind the few calls that the training loop makes.
 
-One of the three modules that know either; the loop, the model and the data know ranks only as numbers.
+One of the three modules that know either, with `t2i.monitor` and `t2i.doctor.probe`; the loop, the model and the data know
+ranks only as numbers.
 """
 
 import datetime
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from t2i.costs import checkpoint_bytes
 from t2i.threads import cores_per_rank
 from t2i.zero_shards import SavedStates, restore
 
@@ -31,6 +34,7 @@ _FIELDS = (
 """What a DeepSpeed JSON for training has at its top level, as far as it is likely to be written here."""
 
 GROUP_TIMEOUT = 600.0  # seconds
+FOR_EVER = 30 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,15 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ValueError(f"{path} sets ZeRO stage {stage}; use 1, 2 or 3 (zero_optimization.stage)")
+    if config.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ValueError(
+            f"{path} has bf16.check_grad_overflow false, with which a step of no finite numbers would be taken; remove it"
+        )
+    if stage == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        raise ValueError(
+            f"{path} has data_types.grad_accum_dtype fp32 at ZeRO stage 1, for which DeepSpeed has another kind of optimizer; "
+            "use stage 2, or remove it"
+        )
     if config.get("fp16", {}).get("enabled") and get_accelerator().device_name() == "cpu":
         raise ValueError(f"{path} enables fp16, which processors do not train in; use bf16 or neither")
     return config
@@ -146,19 +159,23 @@ class Engine:
         start: Mapping[str, Tensor] | None = None,
         compiled: bool = False,
     ) -> None:
-        """`start`: weights that parameters start from, by name (at stage 3 only the first rank's are looked at);
+        """`start`: weights that parameters start from, by name; given on all ranks or none, at stage 3 empty on all but the
+        first;
         `compiled`: run the model through torch.compile."""
         self.runtime = runtime
         self.stage = int(config["zero_optimization"]["stage"])
         self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
         self.accumulation = int(config.get("gradient_accumulation_steps", 1))
         self.global_batch = self.micro_batch * self.accumulation * runtime.ranks
+        parts = {name: config.get(name) for name in ("zero_optimization", "bf16", "fp16", "data_types")}
+        self.layout = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        """Digest of what decides, besides ranks, how states lie in the files of a checkpoint."""
         # Under ZeRO-3 no rank ever holds the whole model.
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.stage == 3):
             model = make_model()
-        for name, parameter in model.named_parameters() if start else ():
+        for name, parameter in model.named_parameters() if start is not None else ():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                if start and name in start and (self.stage < 3 or runtime.is_first):
+                if start is not None and name in start:
                     parameter.data.copy_(start[name])
         self.n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.deepspeed, *_ = deepspeed.initialize(
@@ -262,8 +279,8 @@ class Engine:
         self.deepspeed.checkpoint_engine = writer
 
     def checkpoint_bytes(self, averaged: bool) -> int:
-        """About how large a checkpoint is: weights as they are trained; in fp32 weights, two moments, perhaps an average."""
-        return self.n_parameters * (self.dtype.itemsize + 4 * (4 if averaged else 3))
+        """About how large a checkpoint is; `averaged`: with an average of the weights."""
+        return checkpoint_bytes(self.n_parameters, self.stage, self.dtype.itemsize, averaged)
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint of as many ranks and the same stage."""
@@ -279,10 +296,14 @@ class Engine:
 
     def weights_on_first(self) -> dict[str, Tensor] | None:
         """A copy of all weights in the memory of the first rank's processor, None elsewhere; every rank has to call it."""
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self.stage == 3):
-            if not self.runtime.is_first:
-                return None
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
+        first = self.runtime.is_first
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.module.named_buffers() if first}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            # One at a time: a rank need not have room for them all.
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                if first:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        return weights if first else None
 
 
 def broadcast_bytes(runtime: Runtime, make: Callable[[], bytes]) -> bytes:

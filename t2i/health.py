@@ -1,6 +1,5 @@
 """What goes wrong in single steps: losses that are no numbers, and losses that leap; both with the samples of the batch."""
 
-import json
 import math
 import statistics
 from collections import deque
@@ -10,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_pipeline.index import ShardSet
-from t2i.metrics import open_rows
+from t2i.metrics import Rows
 
 WINDOW = 100
 """Steps that a loss is compared with."""
@@ -26,7 +25,7 @@ class Health:
         """`step`: steps done when the run goes on; later rows of the file are removed."""
         self.path = run_dir / "odd_steps.jsonl"
         self._shards, self._max_bad, self._deviations = shards, max_bad_steps, spike_deviations
-        self._file = open_rows(self.path, step) if enabled else None
+        self._rows = Rows(self.path, step) if enabled else None
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.bad_in_a_row = 0
         self.bad_steps = 0
@@ -59,9 +58,8 @@ class Health:
             "loss": loss if math.isfinite(loss) else None,  # JSON has no word for the others
             "samples": [{"key": self._shards.key(i), "shard": self._shards.shard_of(i)} for i in numbers],
         }
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        if self._rows is not None:
+            self._rows.add(row)
         return row
 
     def problem(self, row: dict[str, Any]) -> str | None:
@@ -82,5 +80,5 @@ class Health:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._rows is not None:
+            self._rows.close()

@@ -5,6 +5,7 @@ Nothing is changed by it: the model trains on as if nobody had looked.
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from data_pipeline.index import ShardSet
+from data_pipeline.index import EncodedSample, ShardSet
+from data_pipeline.tolerant import TolerantSet
 from t2i.animation import film_strips
 from t2i.config import Recipe
 from t2i.engine import Engine
+from t2i.metrics import MetricsLog
 from t2i.objective import TrainingModel
 from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
+from t2i.rank_log import Progress
 from t2i.text_encoder import TextEncoder
 from t2i.vq import VQModel, load_vq
 
@@ -32,12 +36,44 @@ class Inspection:
         self,
         recipe: Recipe,
         engine: Engine,
-        shards: ShardSet,
+        shards: ShardSet | TolerantSet,
         build: Callable[[], TrainingModel],
         collate: Callable[[Sequence[Any]], tuple[Tensor | None, ...]],
+        judge: Judge | None = None,
     ) -> None:
-        """`build` makes a model like the engine's, and `collate` its inputs from samples."""
+        """`shards` are read to the end, where the samples for validation are; `build` makes a model like the engine's, and
+        `collate` its inputs from samples; `judge` scores pictures, on the first rank."""
+        self._judge = judge
         self._recipe, self._engine, self._shards, self._build, self._collate = recipe, engine, shards, build, collate
+
+    def due(self, step: int) -> set[str]:
+        """What there is to look at after a step."""
+        recipe, last = self._recipe, step == self._recipe.train.steps
+        every = {
+            "validating": recipe.train.validate_every if recipe.data.validation else 0,
+            "sampling": recipe.train.sample_every,
+            "judging": recipe.eval.geneval_every,
+        }
+        return {what for what, steps in every.items() if steps and (last or step % steps == 0)}
+
+    def made(self, step: int, log: MetricsLog) -> set[str]:
+        """What of that an earlier process has left rows of, which the first rank has."""
+        names = {name for row in log.kept if row["step"] == step for name in row}
+        validated, judged = "val_loss" in names, any(name.startswith("geneval") for name in names)
+        flags = self._engine.sum_over_ranks([validated, judged])
+        return {what for what, made in zip(("validating", "judging"), flags, strict=True) if made}
+
+    def look(self, step: int, due: set[str], log: MetricsLog, progress: Progress) -> None:
+        """Look at what is due, and log what is seen."""
+        if "validating" in due:
+            with progress.busy("validating"):
+                log.write({"step": step, "val_loss": self.validation_loss()})
+        if "sampling" in due:
+            with progress.busy("sampling"):
+                log.image(step, self.sample_grid(step))
+        if "judging" in due:
+            with progress.busy("judging"):
+                log.write({"step": step, **self.judged(step)})
 
     def validation_loss(self) -> float:
         """Mean loss (nats per token) over the samples kept for validation, without dropout or dropped conditions."""
@@ -52,7 +88,7 @@ class Inspection:
             # Every rank makes the same number of calls; one that has run out repeats a sample, with weight 0.
             numbers = mine[start : start + size]
             loss = self._engine.evaluate(
-                (*self._collate([self._shards.read_encoded(i) for i in numbers or [len(self._shards) - 1]]), None)
+                (*self._collate(self._shards.read_many(numbers or [len(self._shards) - 1])), None)
             )
             total += loss * len(numbers)
         return self._engine.sum_over_ranks([total])[0] / count
@@ -88,22 +124,29 @@ class Inspection:
                 prompts, seed = self._prompts(), self._recipe.train.seed
                 grid = film_strips(pipe.clips(prompts, seed)) if pipe.draws_clips else picture_grid(pipe(prompts, seed))
                 path = self._recipe.run_dir / "samples" / f"step-{step:08d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                grid.save(path)
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    grid.save(path)
+                except OSError as error:
+                    print(f"\nstep {step}: {path} cannot be written ({error})", file=sys.stderr)
+                    path = None
         return path
 
-    def judged(self, step: int, judge: Judge) -> dict[str, float]:
-        """What a judge says of the model's pictures, on the first rank; nothing elsewhere."""
+    def judged(self, step: int) -> dict[str, float]:
+        """What the judge says of the model's pictures, on the first rank; nothing elsewhere."""
         with self._drawing(step) as pipe:
-            return {} if pipe is None else judge(pipe)
+            if pipe is None:
+                return {}
+            assert self._judge is not None, "the first rank has no judge"
+            return self._judge(pipe)
 
     def _prompts(self) -> list[Any]:
         """The recipe's prompts, or eight conditions from the end of the set, which is kept for validation."""
         classes = self._recipe.model.condition == "class"
         if prompts := self._recipe.train.sample_prompts:
             return [int(prompt) for prompt in prompts] if classes else list(prompts)
-        samples = [self._shards.read_encoded(i) for i in range(max(0, len(self._shards) - 8), len(self._shards))]
-        return [s.label if classes else s.caption for s in samples]
+        samples = self._shards.read_many(range(max(0, len(self._shards) - 8), len(self._shards)))
+        return [s.label if classes else s.caption for s in samples if isinstance(s, EncodedSample)]
 
     @cached_property
     def _image_tokenizer(self) -> VQModel:

@@ -73,7 +73,7 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def __enter__(self) -> Self:
-        """Raises OSError where rank 0 cannot be reached."""
+        """Raises ConnectionError where rank 0 cannot be reached."""
         self._store = self._connect()
         self._looked = time.monotonic()
         self.log.__enter__()
@@ -127,7 +127,7 @@ class Monitor:
         try:
             store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_SECONDS))
         except DistError as error:
-            raise OSError(
+            raise ConnectionError(
                 f"rank {self.rank} on {self._me.host} cannot reach the monitor of rank 0 at {host}:{port} "
                 f"({str(error).splitlines()[0]}); allow connections between the hosts on all ports, which collectives need too"
             ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.manifest import MANIFEST, load_manifest
 from t2i.config import Recipe
-from t2i.costs import GPU, GPUS, parameters, training_flops_per_sample
+from t2i.costs import GPU, GPUS, checkpoint_bytes, parameters, training_flops_per_sample
 from t2i.memory import Arrangement, Memory, memory
 
 ALLOWANCE = 0.08
@@ -196,7 +196,9 @@ def make_plan(
         checkpointing=bool(chosen and chosen[1]), config=config, steps=steps,
         tokens=steps * global_batch * math.prod(recipe.model.grid), flops_per_sample=flops, flops=whole,
         seconds=whole / (cluster.ranks * cluster.model.flops * cluster.mfu),
-        checkpoint_bytes=checkpoint_bytes(recipe, stage, 2 if half else 4),
+        checkpoint_bytes=checkpoint_bytes(
+            sum(parameters(recipe).values()), stage, 2 if half else 4, recipe.train.ema_decay > 0
+        ),
         samples=samples, shards=shards,
         epochs=steps * global_batch / (samples - recipe.data.validation) if samples else None,
     )  # fmt: skip
@@ -295,13 +297,6 @@ def traffic(recipe: Recipe, arrangement: Arrangement, ranks: int) -> int:
         return int(share * size * 3 * micro_batches)
     reductions = micro_batches if arrangement.stage == 2 else 1
     return int(share * size * (2 * reductions + 1))
-
-
-def checkpoint_bytes(recipe: Recipe, stage: int, item: int) -> int:
-    """Size of a checkpoint: fp32 weights, two moments and perhaps an average, and, but for ZeRO 3, where they are nowhere
-    whole, the weights as they are trained, of `item` bytes each."""
-    states = 4 if recipe.train.ema_decay > 0 else 3
-    return sum(parameters(recipe).values()) * (4 * states + (0 if stage == 3 else item))
 
 
 def config_json(config: dict[str, Any]) -> bytes:

@@ -1,6 +1,8 @@
 """A plan as tables for people, or as plain values for machines."""
 
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from rich.console import Console
@@ -17,8 +19,11 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
-def print_plan(plan: Plan, config_file: str, console: Console | None = None) -> None:
-    """Print what a run takes, what it takes of each GPU, and how to start it with the recommended JSON in `config_file`."""
+def print_plan(
+    plan: Plan, config_file: str, recipe: str, fields: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """Print what a run takes, what it takes of each GPU, and how to start it with the recommended JSON in `config_file`;
+    `recipe` and `fields` are what was given for the recipe, a name or a file and options."""
     console = console or Console()
     console.width = max(console.width, 180)  # a table in a log file is not folded
     cluster = plan.cluster
@@ -35,7 +40,7 @@ def print_plan(plan: Plan, config_file: str, console: Console | None = None) -> 
         f"the most there can be. What fits leaves {ALLOWANCE:.0%} of a GPU to CUDA, NCCL and fragments.",
         highlight=False,
     )
-    _print_recommended(plan, config_file, console)
+    _print_recommended(plan, config_file, recipe, fields, console)
 
 
 def _run_table(plan: Plan) -> Table:
@@ -112,21 +117,21 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _print_recommended(plan: Plan, config_file: str, console: Console) -> None:
+def _print_recommended(plan: Plan, config_file: str, recipe: str, fields: Sequence[str], console: Console) -> None:
     if plan.config is None:
         console.print(
             f"No micro-batch fits a GPU of {gigabytes(plan.cluster.memory)} GB: take one with more memory, or a smaller model."
         )
         return
-    changes = []
+    changes = [*fields]  # of two that are the same the last counts
     if plan.lanes != plan.recipe.data.lanes:
-        changes.append(f"--data.lanes {plan.lanes}")
+        changes += ["--data.lanes", str(plan.lanes)]
     if plan.checkpointing != plan.recipe.train.activation_checkpointing:
         changes.append(f"--train.{'' if plan.checkpointing else 'no-'}activation-checkpointing")
-    command = f"deepspeed --hostfile HOSTS t2i/train.py {plan.recipe.name} --deepspeed_config {config_file} {' '.join(changes)}"
+    start = ["deepspeed", "--hostfile", "HOSTS", "t2i/train.py", recipe, "--deepspeed_config", config_file]
     console.print(f"Recommended: {plan.recommended}, {config_file}:", highlight=False)
     console.print_json(data=plan.config)
-    console.print(command.rstrip(), highlight=False, soft_wrap=True)
+    console.print(shlex.join([*start, *changes]), markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_json(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 deepspeed t2i/train.py nar-xl-256 --deepspeed_config deepspeed_configs/zero2.json
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,3 +198,11 @@ def find_recipe(name_or_file: str) -> Recipe:
     if Path(name_or_file).is_file():
         return from_json(Recipe, Path(name_or_file).read_bytes(), name_or_file)
     raise ValueError(f"no recipe or file {name_or_file!r}; recipes are {', '.join(RECIPES)}")
+
+
+def changed_recipe(name_or_file: str, fields: Sequence[str], prog: str) -> Recipe:
+    """A recipe with other values of some fields, given as options: --train.steps 100. Raises ValueError as `find_recipe`
+    and a recipe do; ends the process with code 2, and a message of the command `prog`, for options that there are not."""
+    import tyro
+
+    return tyro.cli(tyro.conf.AvoidSubcommands[Recipe], default=find_recipe(name_or_file), args=list(fields), prog=prog)

@@ -6,8 +6,7 @@ from typing import Any
 from data_pipeline.atomic import write_bytes
 from data_pipeline.index import ShardSet
 from data_pipeline.verify import STATES
-from t2i import checkpoint
-from t2i.checkpoint import RECIPE, VOCABULARY, Inputs
+from t2i.checkpoint import RECIPE, VOCABULARY, Checkpoint, Inputs
 from t2i.config import Recipe
 from t2i.text_encoder import text_encoder_sha256, train_sentencepiece
 from t2i.vq import vq_sha256
@@ -69,11 +68,8 @@ def check_data(recipe: Recipe, shards: ShardSet, inputs: Inputs) -> None:
             )
 
 
-def check_resumable(recipe: Recipe, inputs: Inputs) -> None:
-    """Raise ValueError where the run folder has checkpoints of another model, of other data, or of another order of it."""
-    found = checkpoint.newest(recipe.run_dir)
-    if found is None:
-        return
+def check_resumable(recipe: Recipe, inputs: Inputs, found: Checkpoint) -> None:
+    """Raise ValueError where a checkpoint is of another model, of other data, or of another order of it."""
     earlier = found.recipe()
 
     def fixed(r: Recipe, given: Inputs) -> dict[str, Any]:
@@ -94,11 +90,10 @@ def check_resumable(recipe: Recipe, inputs: Inputs) -> None:
         )
 
 
-def vocabulary_of(recipe: Recipe, shards: ShardSet) -> bytes:
-    """The sentencepiece model of a run: that of its newest checkpoint or, before the first, in its folder, taken from where
-    its weights are from (`train.init_from`) or made of the captions of the set."""
+def vocabulary_of(recipe: Recipe, shards: ShardSet, found: Checkpoint | None) -> bytes:
+    """The sentencepiece model of a run: that of the checkpoint that it goes on from or, before the first, in its folder, taken
+    from where its weights are from (`train.init_from`) or made of the captions of the set."""
     assert recipe.text_encoder is not None
-    found = checkpoint.newest(recipe.run_dir)
     if found is not None:
         vocabulary = found.vocabulary()
         assert vocabulary is not None, "a run that goes on has the text encoder that it had"

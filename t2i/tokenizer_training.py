@@ -30,7 +30,7 @@ from data_pipeline.index import RawSample, ShardSet
 from data_pipeline.loader import BatchLoader, LaneOrder
 from t2i.devices import choose_device
 from t2i.files import read_json
-from t2i.metrics import open_rows
+from t2i.metrics import Rows
 from t2i.tokenizer_config import TokenizerTraining
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 
@@ -242,7 +242,7 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = True) -> dict[st
     order = LaneOrder(0, len(trainer.shards) - config.validation, config.lanes, config.seed)
     with (
         BatchLoader(trainer.shards, order, config.batch, 0, 1, trainer.step, read_images, workers=1) as loader,
-        open_rows(config.out / "metrics.jsonl", trainer.step) as metrics,
+        Rows(config.out / "metrics.jsonl", trainer.step) as metrics,
         tqdm(total=config.steps, initial=trainer.step, desc="tokenizer", unit="step", disable=not progress) as bar,
     ):
         begun = time.perf_counter() - trainer.seconds
@@ -255,11 +255,10 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = True) -> dict[st
             trainer.seconds = time.perf_counter() - begun
             bar.update()
             bar.set_postfix(l1=f"{report['l1']:.4f}", codebook=f"{report['codebook']:.4f}")
-            metrics.write(json.dumps({"step": trainer.step} | report) + "\n")
+            metrics.add({"step": trainer.step} | report)
             if trainer.step % config.save_every == 0 or trainer.step == config.steps:
                 measured = trainer.measure(config.out / "preview.png")
-                metrics.write(json.dumps({"step": trainer.step} | measured) + "\n")
-                metrics.flush()
+                metrics.add({"step": trainer.step} | measured)
                 trainer.save()
                 trainer.model.save(config.out, torch.float16)
     result = {"steps": trainer.step, "seconds": round(trainer.seconds), **trainer.measure(config.out / "preview.png")}

@@ -22,8 +22,9 @@ MODEL_STATES = "*_model_states.pt"
 OPTIMIZER_STATES = "*_optim_states.pt"
 
 
-def load_saved(path: Path) -> Any:
-    """What DeepSpeed saved in a file, mapped, with no objects in it but tensors, plain values and DeepSpeed's own."""
+def load_saved(path: Path, mapped: bool = True) -> Any:
+    """What DeepSpeed saved in a file, with no objects in it but tensors, plain values and DeepSpeed's own. `mapped`: tensors
+    are read from the file as they are used."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if foreign := [name for name in names if not name.startswith("deepspeed.")]:
         raise ValueError(
@@ -32,7 +33,7 @@ def load_saved(path: Path) -> Any:
     modules = [name.rpartition(".") for name in names]
     allowed = [getattr(importlib.import_module(module), name) for module, _, name in modules]
     with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
 
 
 class SavedStates:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The ranks of one pod of a PyTorchJob, one for each of GPUS_PER_POD: pod.sh ARGUMENTS OF t2i/train.py
+# The ranks of one pod of a PyTorchJob or a Job, one for each of GPUS_PER_POD: pod.sh ARGUMENTS OF t2i/train.py
 #
 # The operator numbers pods, not ranks: RANK is the pod's number and WORLD_SIZE how many pods there are. SIGTERM goes on to
 # all ranks, which then save. The exit code is the highest of the ranks.

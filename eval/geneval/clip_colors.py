@@ -141,9 +141,8 @@ class ClipColors:
         Raises ValueError where the files are damaged or are not of that architecture.
         """
         self.device, self.batch_size = torch.device(device), batch_size
-        self._model, self._preprocess = load_clip(weights)
+        self._model, self._preprocess, self._tokenizer = load_clip(weights)
         self._model.to(self.device).eval()
-        self._tokenizer = open_clip.get_tokenizer(weights.arch)
         self._texts: dict[str, Tensor] = {}
 
     @torch.inference_mode()
@@ -169,8 +168,8 @@ class ClipColors:
         return self._texts[class_name]
 
 
-def load_clip(weights: ClipWeights) -> tuple[Any, Any]:
-    """The model, on the processor, and its preprocessing of one PIL image.
+def load_clip(weights: ClipWeights) -> tuple[Any, Any, Any]:
+    """The model, on the processor, its preprocessing of one PIL image, and its tokenizer of sentences.
 
     Raises ValueError where the files are damaged or are not of that architecture.
     """
@@ -180,7 +179,8 @@ def load_clip(weights: ClipWeights) -> tuple[Any, Any]:
     if weights.quick_gelu is False:
         options["quick_gelu"] = False  # also where the configuration says otherwise, which "force" does not undo
     try:
-        return open_clip.create_model_from_pretrained(weights.arch, weights.pretrained, device="cpu", **options)
+        model, preprocess = open_clip.create_model_from_pretrained(weights.arch, weights.pretrained, **options)
+        return model, preprocess, open_clip.get_tokenizer(weights.arch)
     except Exception as error:  # whatever a damaged file makes of the libraries that read it
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

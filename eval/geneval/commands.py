@@ -1,6 +1,7 @@
 """`t2i geneval prompts`, `generate`, `score` and `run`. Handlers import what they need when they run: help is quick."""
 
 import json as json_module
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,7 +61,7 @@ def geneval_generate(
         images_per_prompt: Pictures of each prompt.
         batch_size: Pictures drawn at once, across prompts.
         seed: Another seed draws other pictures.
-        device: Where to run; the GPU of this rank or the processor when not given.
+        device: Where models run; the GPU of this rank or the processor when not given.
     """
     from eval.exports import Export
     from eval.generate import generate
@@ -102,7 +103,7 @@ def geneval_score(
             judge of the embedded data set.
         images_per_prompt: Judge the first so many of each prompt; all of them when not given.
         batch_size: Pictures that the judge gets at once; 8 or, for shapes, 64 when not given.
-        device: Where to run; the GPU of this rank or the processor when not given.
+        device: Where models run; the GPU of this rank or the processor when not given.
         json: Print summary.json in place of the table.
     """
     from rich.console import Console
@@ -119,7 +120,7 @@ def geneval_score(
         prompts, out, judging, ranks=ranks, batch_size=batch_size, more={"images": str(images)}
     )  # fmt: skip
     if scores is None:
-        print(_unfinished(ranks, out))
+        print(_unfinished(ranks, out), file=sys.stderr if json else sys.stdout)
         return
     write_summary(scores, out)
     if json:
@@ -162,7 +163,7 @@ def geneval_run(
         judge_batch_size: Pictures that the judge gets at once; 8 or, for shapes, 64 when not given.
         run_dir: The training run, whose loss curve goes into the report.
         seed: Another seed draws other pictures.
-        device: Where to run; the GPU of this rank or the processor when not given.
+        device: Where models run; the GPU of this rank or the processor when not given.
     """
     from eval.geneval.run import run_geneval
 

@@ -65,7 +65,7 @@ def geneval_classes(id2label: Mapping[int, str], source: str) -> list[str | None
 
     Spaces, underscores and capitals do not matter. Raises ValueError that lists the classes which no label names.
     """
-    names = [_BY_LETTERS.get(_letters(id2label[number])) for number in range(len(id2label))]
+    names = [_BY_LETTERS.get(_letters(id2label.get(number, ""))) for number in range(len(id2label))]
     if missing := [name for name in COCO_CLASSES if name not in names]:
         raise ValueError(
             f"detector {source} has no label for {', '.join(missing)}; GenEval asks about COCO's 80 classes: give a "

@@ -27,6 +27,7 @@ from data_pipeline.shapes_set import write_shards
 from t2i.bench.measure import as_json, environment
 from t2i.config import DataConfig, Recipe, to_json
 from t2i.encoding import encode
+from t2i.memory import Arrangement, memory
 from t2i.recipes import nar_xl_256
 from t2i.text_encoder import TextEncoder, TextEncoderConfig, train_sentencepiece
 from t2i.vq import VQConfig, VQModel
@@ -38,8 +39,12 @@ PROMPT = "a photo of a red circle"
 _ZERO: dict[str, Any] = {"overlap_comm": False, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO 2, one rank": (1, {"stage": 2, **_ZERO}),
-    "ZeRO 3, two ranks": (2, {"stage": 3, **_ZERO, "sub_group_size": 100_000_000}),
-}
+    "ZeRO 3, two ranks": (2, {
+        "stage": 3, **_ZERO, "sub_group_size": 100_000_000,
+        # Each rank would hold the whole model otherwise, from the first forward pass on.
+        "stage3_max_live_parameters": 100_000_000, "stage3_max_reuse_distance": 100_000_000,
+    }),
+}  # fmt: skip
 """Ranks and `zero_optimization` of each."""
 # What the C library keeps back of freed memory would otherwise not leave room for the model.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
@@ -53,6 +58,9 @@ class HeadlineRow:
     ranks: int
     step_seconds: float
     peak_gib: float
+    """Of training; processes and libraries, about a GiB a rank, included."""
+    planned_gib: float
+    """What `t2i.memory`, behind `t2i plan`, says that the ranks hold at most, without the former."""
     first_run: float
     resumed_run: float
     export_seconds: float
@@ -78,6 +86,7 @@ def bench_headline(out: Path, ways: Sequence[str], *, batch: int, json_output: b
         "",
         "s/step",
         "peak GiB",
+        "planned GiB",
         "2 steps and save, s",
         "resume, 1 step, save, s",
         "export, s",
@@ -88,8 +97,8 @@ def bench_headline(out: Path, ways: Sequence[str], *, batch: int, json_output: b
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
         numbers = (
-            row.step_seconds, row.peak_gib, row.first_run, row.resumed_run, row.export_seconds, row.sample_seconds,
-            row.checkpoint_gib,
+            row.step_seconds, row.peak_gib, row.planned_gib, row.first_run, row.resumed_run, row.export_seconds,
+            row.sample_seconds, row.checkpoint_gib,
         )  # fmt: skip
         table.add_row(row.way, *(f"{number:.1f}" for number in numbers))
     Console(width=140).print(table)
@@ -141,14 +150,18 @@ def _one(recipe: Recipe, way: str, out: Path, batch: int) -> HeadlineRow:
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     t2i = [sys.executable, "-m", "t2i.cli"]
     exported = _run([*t2i, "export", str(folder / "run"), "--out", str(folder / "export")], 1)
-    sampled = _run([*t2i, "sample", str(folder / "export"), PROMPT, "--out", str(folder / "sample.png")], 1)
+    sampled = _run(
+        [*t2i, "sample", str(folder / "export"), PROMPT, "--images", "1", "--out", str(folder / "sample.png")], 1
+    )
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), rows
     per_step = [2 // ranks * batch * ranks / row["samples_per_s"] for row in rows]
-    done = (first, resumed, exported, sampled)
+    states = [ShardSet(recipe.data.path).read_encoded(i).states for i in range(SAMPLES)]
+    caption = max(len(one) for one in states if one is not None)
+    planned = memory(recipe, Arrangement.of(config), ranks, caption, processor=True).peak
     return HeadlineRow(
-        way, ranks, sum(per_step) / len(per_step), max(peak for _, peak in done) / 2**30, first[0], resumed[0],
-        exported[0], sampled[0], size / 2**30,
+        way, ranks, sum(per_step) / len(per_step), max(first[1], resumed[1]) / 2**30, ranks * planned / 2**30, first[0],
+        resumed[0], exported[0], sampled[0], size / 2**30,
     )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+from t2i.costs import checkpoint_bytes
 from t2i.doctor.findings import Findings, Row, differing, gib, names, seconds
 
 CLOCK_YELLOW, CLOCK_RED = 1.0, 30.0
 """Seconds by which hosts' clocks may differ. Logs and file times get confusing with the former; with the latter make-like
 comparisons of file times and certificates go wrong."""
-SLOW_SAVE, ENDLESS_SAVE = 300.0, 600.0
-"""Seconds of a save: worth knowing; and the group's timeout, after which ranks that wait for one that writes give up."""
+SLOW_SAVE = 300.0
+"""Seconds of a save that are worth knowing."""
 SLOW_REDUCE = 2.0
 """Seconds for the gradients of a step."""
 SLOW_LINK = 1e9
@@ -175,33 +176,13 @@ def run_folder(f: Findings) -> list[Row]:
     return rows
 
 
-def checkpoint_bytes(f: Findings) -> int:
-    """About how large a checkpoint is, as `Engine.checkpoint_bytes` has it."""
-    half = any(f.config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
-    averaged = f.plan.recipe.train.ema_decay > 0
-    return f.parameters * ((2 if half else 4) + 4 * (4 if averaged else 3))
-
-
 def saving(f: Findings) -> list[Row]:
     """Write speed, free space and memory against a checkpoint."""
-    size, train = checkpoint_bytes(f), f.plan.recipe.train
-    writers = [facts for facts in f.group if facts.written]
+    train = f.plan.recipe.train
+    size = checkpoint_bytes(f.parameters, f.stage, f.item, train.ema_decay > 0)
     if not f.group or any(facts.folder_error for facts in f.group):
         return []
-    rows = []
-    if writers and (longest := max(facts.write_seconds for facts in writers)) > 0:
-        speed = sum(facts.written for facts in writers) / longest
-        takes = size / speed
-        seen = (
-            f"{gib(speed)}/s from {len(writers)} host{'s' if len(writers) > 1 else ''} at once; a checkpoint of {gib(size)} "
-            f"takes about {seconds(takes)}"
-        )
-        waits = takes > ENDLESS_SAVE and not train.background_save
-        rows.append(
-            Row("red" if waits else "yellow" if takes > SLOW_SAVE else "green", "write speed", seen,
-                "" if takes <= SLOW_SAVE else "use a faster file system for --run-dir, keep train.background_save on, and a "
-                f"larger train.save_every than {train.save_every} if a save takes longer than so many steps")
-        )  # fmt: skip
+    rows = [_write_speed(f, size)] if any(facts.write_seconds > 0 for facts in f.group) else []
     free, kept = min(facts.free for facts in f.group), max(facts.kept for facts in f.group)
     # Old checkpoints go once a new one is whole.
     needed = max(0, size * (train.keep_last + 1) - kept)
@@ -220,6 +201,25 @@ def saving(f: Findings) -> list[Row]:
     else:
         rows.append(Row("green", "free space", seen))
     return rows + _memory(f, size)
+
+
+def _write_speed(f: Findings, size: int) -> Row:
+    train, writers = f.plan.recipe.train, [facts for facts in f.group if facts.write_seconds > 0]
+    speed = sum(facts.written for facts in writers) / max(facts.write_seconds for facts in writers)
+    takes = size / speed
+    seen = (
+        f"{gib(speed)}/s from {len(writers)} host{'s' if len(writers) > 1 else ''} at once; a checkpoint of {gib(size)} takes "
+        f"about {seconds(takes)}"
+    )
+    # In the background too: the last checkpoint is waited for, and one that is not whole when the next begins.
+    if 0 < train.watchdog_seconds < takes:
+        limit = f"{seen}, and train.watchdog_seconds {train.watchdog_seconds:g} ends a run that waits longer"
+        remedy = f"use a faster file system for --run-dir, or set train.watchdog_seconds above {takes:,.0f}"
+        return Row("red", "write speed", limit, remedy)
+    if takes > SLOW_SAVE:
+        return Row("yellow", "write speed", seen, "use a faster file system for --run-dir, keep train.background_save on, and "
+                   f"a larger train.save_every than {train.save_every} if a save takes longer than so many steps")  # fmt: skip
+    return Row("green", "write speed", seen)
 
 
 def _memory(f: Findings, size: int) -> list[Row]:
@@ -262,8 +262,7 @@ def _reduce_speed(f: Findings) -> Row:
     took = max(facts.reduce_seconds for facts in f.group)
     speed = f.plan.reduce_bytes / took
     bus = speed * 2 * (f.ranks - 1) / f.ranks
-    half = any(f.config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
-    gradients = f.parameters * (2 if half else 4)
+    gradients = f.parameters * f.item
     step = gradients / speed
     seen = (
         f"{gib(f.plan.reduce_bytes)} in {seconds(took)}: algorithm {speed / 1e9:.2f} GB/s, bus {bus / 1e9:.2f} GB/s; "

@@ -47,14 +47,10 @@ def doctor(args: Sequence[str]) -> int:
     import tyro
 
     options, rest = tyro.cli(Doctor, args=list(args), return_unknown_args=True, prog="t2i doctor")
-    from t2i.config import Recipe
-    from t2i.recipes import find_recipe
+    from t2i.recipes import changed_recipe
 
-    recipe = tyro.cli(
-        tyro.conf.AvoidSubcommands[Recipe], default=find_recipe(options.recipe), args=rest,
-        prog=f"t2i doctor {options.recipe} --deepspeed-config FILE",
-    )  # fmt: skip
-    return examine(options, recipe)
+    prog = f"t2i doctor {options.recipe} --deepspeed-config FILE"
+    return examine(options, changed_recipe(options.recipe, rest, prog))
 
 
 def examine(options: Doctor, recipe: "Recipe") -> int:
@@ -107,9 +103,9 @@ def _findings(plan: "Plan", launched: "Launched", hostfile: Path | None) -> "Fin
     import json
     import os
 
+    from t2i.costs import parameters
     from t2i.doctor.findings import Findings
     from t2i.doctor.local import gather_local, this_device
-    from t2i.doctor.size import count_parameters
 
     inbox = launched.inbox
     hosts = inbox.hosts or (_hosts_in(hostfile) if hostfile is not None else {})
@@ -138,7 +134,7 @@ def _findings(plan: "Plan", launched: "Launched", hostfile: Path | None) -> "Fin
         local=local,
         group=tuple(facts for _, facts in sorted(inbox.group.items())),
         config=config if isinstance(config, dict) else {},
-        parameters=count_parameters(plan.recipe),
+        parameters=sum(parameters(plan.recipe).values()),
     )
 
 

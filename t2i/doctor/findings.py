@@ -35,6 +35,22 @@ class Findings:
     parameters: int
 
     @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        stage = self._section("zero_optimization").get("stage")
+        return stage if isinstance(stage, int) else 0
+
+    @property
+    def item(self) -> int:
+        """Bytes of a weight as it is trained."""
+        return 2 if any(self._section(name).get("enabled") for name in ("bf16", "fp16")) else 4
+
+    def _section(self, name: str) -> dict[str, Any]:
+        """Of the DeepSpeed JSON; one that is none has a line of its own in the table."""
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
+
+    @property
     def together(self) -> str:
         """What to say of things that are alike."""
         return ", the same on all hosts" if len(self.hosts) > 1 else ""

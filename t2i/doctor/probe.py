@@ -1,7 +1,7 @@
 """The probe on every rank: `deepspeed --module t2i.doctor.probe PLAN`, as `t2i doctor` starts it.
 
-Each rank tells what it knows before it meets the others, so that it is known if it never does. Besides the engine and the
-checkpoints this is the one module that knows torch.distributed.
+Each rank tells what it knows before it meets the others, so that it is known if it never does. Besides `t2i.engine` and
+`t2i.monitor` this is the one module that knows torch.distributed.
 """
 
 import os
@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.shard_set import ShardSet
 from t2i import run_checks
+from t2i.checkpoint import newest
 from t2i.doctor.facts import JOINING, Clock, GroupFacts, Plan, send, unpack
 from t2i.doctor.folder import RunFolder
 from t2i.doctor.local import gather_local, this_device
@@ -107,7 +108,8 @@ def check_inputs(plan: Plan) -> str | None:
     try:
         shards = ShardSet(recipe.data.path)
         inputs = run_checks.inputs_of(recipe, shards)
-        run_checks.check_resumable(recipe, inputs)
+        if (found := newest(recipe.run_dir)) is not None:
+            run_checks.check_resumable(recipe, inputs, found)
         run_checks.check_data(recipe, shards, inputs)
     except (ValueError, OSError) as error:
         return str(error)

@@ -8,7 +8,8 @@ from data_pipeline.manifest import load_manifest
 from t2i.doctor.findings import Findings, Row, differing, gib, names
 
 OPEN_FILES = 512
-"""Files that a rank may have open: 128 shards at most (`data_pipeline.shard_set`), sockets to other ranks, libraries."""
+"""Files that a rank may have open: 256 shards at most (`data_pipeline.shard_set`), as many sockets to other ranks and files of
+libraries."""
 SHM_YELLOW, SHM_RED = 2**30, 2**26
 """Bytes of /dev/shm, over which NCCL moves data between the ranks of a host; the latter is what containers have by default."""
 LOCKED = 2**30

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from t2i.config import DataConfig, Recipe, TrainConfig, to_json
+from t2i.config import DataConfig, EvalConfig, Recipe, TrainConfig, to_json
 from t2i.recipes import shapes_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -149,9 +149,10 @@ def small_recipe(data: Path) -> Recipe:
         data=DataConfig(path=data, lanes=8, validation=VALIDATION, workers=1),
         train=TrainConfig(
             steps=STEPS, seed=1, lr=5e-3, warmup_steps=2, ema_decay=0.5,
-            log_every=1, validate_every=4, sample_every=4, judge_every=8, judge_prompts=1, save_every=4, keep_last=5,
+            log_every=1, validate_every=4, sample_every=4, save_every=4, keep_last=5,
             sample_prompts=("a photo of a red circle", "a photo of two stars"), wandb="disabled",
         ),
+        eval=EvalConfig(geneval_every=8, per_task=1),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ the last rank; "trouble": one of `TROUBLES`, there too. "kill": {"after": second
 codes, in the order of the ranks, and how many seconds the other ranks outlived the first that died.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import shard_set
-from t2i import checkpoint, checkpoint_writer, objective, train, training
+from t2i import batches, checkpoint, checkpoint_writer, objective, train
 
 DEADLINE = 60.0
 """Seconds after which ranks that outlive another are ended."""
@@ -78,14 +79,14 @@ def in_metadata(after: bool) -> None:
 
 def signal_in_step(step: int) -> None:
     """Send SIGTERM to this process while it makes a step (the first is 1), whichever run it belongs to."""
-    inputs = training.Trainer._inputs
+    inputs = batches.Batches.inputs
 
     def watched(self: Any, done: int, *arguments: Any) -> Any:
         if done + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return inputs(self, done, *arguments)
 
-    training.Trainer._inputs = watched  # type: ignore[method-assign]
+    batches.Batches.inputs = watched  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[random.Random], None]] = {
@@ -105,7 +106,7 @@ OF_FIRST_RANK = {"model shard", "before metadata", "after metadata", "removing o
 
 def no_numbers(steps: tuple[int, ...]) -> None:
     """The loss is no number in these steps (the first is 0)."""
-    forward, inputs = objective.TrainingModel.forward, training.Trainer._inputs
+    forward, inputs = objective.TrainingModel.forward, batches.Batches.inputs
     now: list[int] = []
 
     def noting(self: Any, step: int, *arguments: Any) -> Any:
@@ -116,7 +117,7 @@ def no_numbers(steps: tuple[int, ...]) -> None:
         loss = forward(self, *arguments)
         return loss * float("nan") if self.training and now[0] in steps else loss
 
-    training.Trainer._inputs = noting  # type: ignore[method-assign]
+    batches.Batches.inputs = noting  # type: ignore[method-assign]
     objective.TrainingModel.forward = poisoned  # type: ignore[method-assign]
 
 
@@ -125,10 +126,9 @@ def full_disk(step: int) -> None:
     begin, before = checkpoint.Saver.begin, resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def limited(self: Any, now: int) -> Any:
-        problem = self.finish()
+    def limited(self: Any, now: int, *arguments: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if now == step else before[0], before[1]))
-        return problem or begin(self, now)
+        return begin(self, now, *arguments)
 
     checkpoint.Saver.begin = limited  # type: ignore[method-assign]
 
@@ -150,10 +150,41 @@ def reading_for_ever() -> None:
     time.sleep(10**6)
 
 
+def late_checkpoints() -> None:
+    """The newest checkpoint is seen a while after the others, as on a network's file system."""
+    checkpoints, first = checkpoint.checkpoints, time.monotonic()
+
+    def watched(run_dir: Path) -> list[checkpoint.Checkpoint]:
+        found = checkpoints(run_dir)
+        return found if time.monotonic() - first > 8 else found[:-1]
+
+    checkpoint.checkpoints = watched
+
+
+def full_file_system(first: int, last: int) -> None:
+    """The file system of the run folder is full from the saving of one step to that of another."""
+    begin = checkpoint.Saver.begin
+
+    def filling(self: Any, now: int, *arguments: Any) -> Any:
+        filler = self.run_dir.parent / "filler"
+        filler.unlink(missing_ok=True)
+        if first <= now < last:
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                for size in (1 << 20, 1 << 10, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(size)):
+                            pass
+        return begin(self, now, *arguments)
+
+    checkpoint.Saver.begin = filling  # type: ignore[method-assign]
+
+
 TROUBLES: dict[str, Callable[[], None]] = {
     "two steps without numbers": lambda: no_numbers((3, 5)),
     "two steps in a row without numbers": lambda: no_numbers((3, 4)),
     "full disk": lambda: full_disk(4),
+    "full file system": lambda: full_file_system(4, 20),
+    "late checkpoints": late_checkpoints,
     "reading for ever": lambda: at_reading(40, reading_for_ever),
     "stopped": lambda: at_reading(40, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 from t2i.encoding import encode
 from t2i.export import export, merged_weights
 from t2i.pipeline import TextToImagePipeline
@@ -33,10 +34,10 @@ def test_classes_in_bf16_under_zero_3(data: Path, tmp_path: Path) -> None:
         small,
         model=replace(small.model, condition="class", num_classes=8, condition_dropout=0.0),
         text_encoder=None,
+        eval=EvalConfig(),
         train=replace(
             small.train,
             steps=2,
-            judge_every=0,
             sample_prompts=("0", "7"),
             sample_every=2,
             save_every=1,

@@ -3,6 +3,7 @@ newest checkpoint."""
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,21 +15,36 @@ from pathlib import Path
 import pytest
 
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 
-from .conftest import ROOT, TIMEOUT, Entry, entries, environment, forked, free_port, results, rows, small_recipe
+from .conftest import (
+    ROOT,
+    TIMEOUT,
+    Entry,
+    entries,
+    environment,
+    execute,
+    forked,
+    free_port,
+    results,
+    rows,
+    small_recipe,
+)
 from .test_training import assert_same_weights
 
 pytestmark = pytest.mark.slow
 
 HOST = socket.gethostname()
 OFTEN = ("--train.steps", "120", "--train.save-every", "10")
+LOOP = re.compile(r"^until (deepspeed .*); do\n.*?^done$", re.MULTILINE | re.DOTALL)
+"""In docs/faults.md."""
 
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
     recipe = small_recipe(data)
-    quiet = replace(recipe.train, sample_every=0, judge_every=0, validate_every=10**6, keep_last=2)
-    return entries(replace(recipe, train=quiet), tmp_path_factory.mktemp("configs"))
+    quiet = replace(recipe.train, sample_every=0, validate_every=10**6, keep_last=2)
+    return entries(replace(recipe, train=quiet, eval=EvalConfig()), tmp_path_factory.mktemp("configs"))
 
 
 def log(run_dir: Path, rank: int, kind: str = "log") -> str:
@@ -126,14 +142,35 @@ def test_a_rank_that_is_stopped_ends_the_job_though_it_cannot_say_a_word(run: En
     assert message.endswith("it cannot write its stacks")
 
 
-def test_torchrun_restarts_a_job_that_goes_on_from_the_newest_checkpoint(run: Entry, tmp_path: Path) -> None:
-    straight, killed, output = tmp_path / "straight", tmp_path / "killed", tmp_path / "output"
-    assert forked(tmp_path, [run(straight, 2, 2, *OFTEN)])[0]["codes"] == [0, 0]
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "t2i/train.py"]
+@pytest.fixture(scope="module")
+def straight(run: Entry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that saves often, which nobody killed."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert forked(folder, [run(folder / "run", 2, 2, *OFTEN)])[0]["codes"] == [0, 0]
+    return folder / "run"
+
+
+def loop(*command: str) -> list[str]:
+    """The documented loop around another command, which does not wait as long."""
+    text = (ROOT / "docs" / "faults.md").read_text()
+    found = LOOP.search(text)
+    assert found is not None
+    return ["bash", "-c", found[0].replace(found[1], shlex.join(command)).replace("sleep 10", "sleep 0.1")]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "loop"])
+def test_a_job_that_is_started_again_goes_on_from_the_newest_checkpoint(
+    launcher: str, run: Entry, straight: Path, tmp_path: Path
+) -> None:
+    killed, output = tmp_path / "killed", tmp_path / "output"
+    arguments = ["t2i/train.py", *run(killed, 2, 2, *OFTEN)["arguments"]]
+    if launcher == "torchrun":
+        command = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", *arguments]
+    else:
+        command = loop("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), *arguments)
     code, pid, _ = killed_once(
-        [*command, *run(killed, 2, 2, *OFTEN)["arguments"]], killed, lambda: bool(checkpoints(killed)), output,
-        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-    )  # fmt: skip
+        command, killed, lambda: bool(checkpoints(killed)), output, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
+    )
     text = output.read_text()
     assert code == 0, text
     assert f"error: rank 1 on {HOST}, pid {pid} is dead" in text
@@ -142,3 +179,17 @@ def test_torchrun_restarts_a_job_that_goes_on_from_the_newest_checkpoint(run: En
     assert pid_of(killed, 1) != pid
     assert results(killed) == results(straight)
     assert_same_weights(killed, straight)
+
+
+@pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (85, 1), (1, 3), (86, 3), (247, 3)])
+def test_the_loop_starts_again_after_faults_alone(code: int, starts: int, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    command = f"echo >> {begun}; [ $(wc -l < {begun}) = 3 ] || exit {code}"
+    execute(loop("bash", "-c", command), timeout=30)
+    assert len(begun.read_text()) == starts
+
+
+def test_the_loop_ends_after_a_mistake() -> None:
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "t2i/train.py", "no-recipe"]
+    done = execute(loop(*launcher), timeout=TIMEOUT)
+    assert done.stderr.count("no recipe or file 'no-recipe'") == 1, done.stdout + done.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from t2i.checkpoint import checkpoints
-from t2i.config import Recipe
+from t2i.config import EvalConfig, Recipe
 from t2i.export import merged_weights
 
 from .conftest import Entry, entries, forked, losses, results, small_recipe
@@ -24,12 +24,11 @@ STOPS = (7, 13, 29)
 
 @pytest.fixture(scope="module")
 def recipe(data: Path) -> Recipe:
-    """40 steps with dropout, dropped captions and an average, and a checkpoint now and then."""
+    """40 steps with dropout, dropped captions and an average, and a checkpoint now and then; one of the stops is at a step
+    whose validation is due."""
     small = small_recipe(data)
-    train = replace(
-        small.train, steps=STEPS, sample_every=0, judge_every=0, validate_every=20, save_every=10, keep_last=3
-    )
-    return replace(small, train=train)
+    train = replace(small.train, steps=STEPS, sample_every=0, validate_every=13, save_every=10, keep_last=3)
+    return replace(small, train=train, eval=EvalConfig())
 
 
 @pytest.fixture(scope="module")

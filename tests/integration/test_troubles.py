@@ -4,7 +4,8 @@ run that change how it computes and not what."""
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from data_pipeline.index import ShardSet
 from data_pipeline.loader import LaneOrder
 from t2i.checkpoint import checkpoints
+from t2i.config import EvalConfig
 from t2i.export import merged_weights
 
 from .conftest import ROOT, STEPS, VALIDATION, Entry, entries, forked, losses, rows, small_recipe
@@ -26,8 +28,8 @@ Stage = Callable[[int], Path]
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Entry:
     recipe = small_recipe(data)
-    quiet = replace(recipe.train, sample_every=0, judge_every=0, validate_every=100, save_every=4)
-    return entries(replace(recipe, train=quiet), tmp_path_factory.mktemp("configs"))
+    quiet = replace(recipe.train, sample_every=0, validate_every=100, save_every=4)
+    return entries(replace(recipe, train=quiet, eval=EvalConfig()), tmp_path_factory.mktemp("configs"))
 
 
 def odd_steps(run_dir: Path) -> list[dict[str, object]]:
@@ -100,6 +102,48 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_as_asked(run: Entr
     assert losses(stopped) == losses(gone_on) == losses(blocking)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot mount a file system here: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_file_system_without_room_for_a_single_row(run: Entry, small_disk: Path, tmp_path: Path) -> None:
+    run_dir = small_disk / "run"
+    often = ("--train.steps", "24", "--train.save-every", "4", "--train.sample-every", "8")
+    often += ("--train.on-save-error", "continue")
+    (answer,) = forked(tmp_path, [run(run_dir, 2, 2, *often, trouble="full file system")])
+    log = (tmp_path / "scenario.log").read_text()
+    assert answer["codes"] == [0, 0], log
+    assert "its rows wait for the next time" in log
+    steps = [one.info.step for one in checkpoints(run_dir)]
+    assert steps in ([20, 24], [24])  # at 20 one rank makes room while the other looks for it
+    assert len(losses(run_dir)) == 24
+    errors = [row["save_error"] for row in rows(run_dir) if "save_error" in row]
+    assert len(errors) == 6 - len(steps)
+    assert all("No space left" in error or "MiB left" in error for error in errors)
+
+
+def test_all_ranks_go_on_from_the_same_checkpoint(run: Entry, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    answers = forked(
+        tmp_path,
+        [run(straight, 2, 2), run(stopped, 2, 2, signal_at=6), run(stopped, 2, 2, trouble="late checkpoints")],
+    )
+    assert [answer["codes"] for answer in answers] == [[0, 0], [85, 85], [0, 0]], (
+        tmp_path / "scenario.log"
+    ).read_text()
+    assert losses(stopped) == losses(straight)
+
+
 def test_a_sample_that_cannot_be_read_any_more(run: Entry, data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(data, broken)
@@ -132,7 +176,7 @@ def test_a_sample_that_cannot_be_read_any_more(run: Entry, data: Path, tmp_path:
         assert [row["unreadable"] for row in rows(folder) if "loss" in row][-1] == 1
     # Whichever rank meets it: the same sample stands in its place.
     assert losses(goes_on) == pytest.approx(losses(alone), rel=0, abs=1e-5)
-    assert f"trains on another sample in place of number {number}: sample {shards.key(number)!r}" in log
+    assert f"takes another sample in place of number {number}: sample {shards.key(number)!r}" in log
 
 
 def test_a_run_starts_from_the_weights_of_another(run: Entry, trained: Stage, tmp_path: Path) -> None:

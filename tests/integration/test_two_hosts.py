@@ -12,6 +12,7 @@ from t2i.checkpoint import checkpoints
 from t2i.export import merged_weights
 
 from .conftest import STEPS, losses, results, rows
+from .test_faults import has_rows, pid_of
 from .two_hosts import TwoHosts, two_hosts, wait_for, why_not
 
 _REASON = why_not()
@@ -79,6 +80,25 @@ def test_a_cut_cable_ends_the_job_on_both_hosts_and_the_same_command_resumes(
     assert job.wait(RUN_SECONDS) == 0, job.said()
     assert losses(run_dir) == losses(trained(2))
     assert_same_weights(run_dir, trained(2))
+
+
+def test_a_rank_killed_on_the_far_host_ends_the_job_on_both_which_says_who_it_was(
+    hosts: TwoHosts, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = hosts.deepspeed(
+        "t2i/train.py", recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", run_dir,
+        "--train.steps", "100000", "--train.save-every", "100000", "--train.sample-every", "0", "--train.judge-every", "0",
+    )  # fmt: skip
+    assert wait_for(lambda: has_rows(run_dir, STEPS) or job.process.poll() is not None, RUN_SECONDS), job.said()
+    killed = pid_of(run_dir, 1)  # by its own count
+    hosts.second.run("sh", "-c", f"kill -KILL {killed}")
+    emptied = wait_for(lambda: not any(host.processes() for host in hosts.hosts), 30)
+    assert emptied, ([host.processes() for host in hosts.hosts], job.said())
+    assert job.wait(5) != 0, job.said()
+    # Said by the rank that is well, which is on the first host.
+    told = rf"^{hosts.first.name}: error: rank 1 on {hosts.second.name}, pid {killed} is dead"
+    assert len(re.findall(told, job.said(), re.MULTILINE)) == 1, job.said()
 
 
 def test_hosts_reach_each_other_until_the_cable_is_cut_or_one_crashes(tmp_path: Path) -> None:

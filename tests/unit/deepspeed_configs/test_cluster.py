@@ -68,7 +68,7 @@ def start(tmp_path: Path) -> Start:
         path = f"{programs}{os.pathsep}{os.environ['PATH']}"
         known = {"PATH": path, "NOTES": str(tmp_path), "RANK_CODES": rank_codes, "AWAITED": "USR1"}
         return subprocess.Popen(
-            [CLUSTER / script, *arguments], cwd=ROOT, env=known | environment, text=True, start_new_session=True,
+            [CLUSTER / script, *arguments], cwd=tmp_path, env=known | environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -76,8 +76,10 @@ def start(tmp_path: Path) -> Start:
 
 
 SLURM = {
-    "SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_JOB_ID": "1234567", "SLURM_JOB_NAME": "nar-t2i", "SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
 }  # fmt: skip
+FAULTS = "nar-t2i-1234567.faults"
 
 
 def wait_for_ranks(notes: Path, ranks: int) -> None:
@@ -125,18 +127,39 @@ def test_slurm_does_not_start_again_what_is_done_or_wrong(rank_codes: str, start
     assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
-@pytest.mark.parametrize("rank_codes", ["85 85 85 85", "0 1 0 0", "86 86 137 86", "87 87 87 87"])
-def test_slurm_starts_again_after_saving_and_after_faults(rank_codes: str, start: Start, tmp_path: Path) -> None:
-    code, output = ended(start("slurm.sbatch", rank_codes=rank_codes, SLURM_RESTART_COUNT="19", **SLURM))
+@pytest.mark.parametrize("rank_codes", ["0 1 0 0", "86 86 137 86", "87 87 87 87"])
+def test_slurm_starts_again_after_a_fault_and_notes_it(rank_codes: str, start: Start, tmp_path: Path) -> None:
+    (tmp_path / FAULTS).write_text("a fault\n" * 19)
+    code, output = ended(start("slurm.sbatch", rank_codes=rank_codes, SLURM_RESTART_COUNT="200", **SLURM))
     assert code == max(map(int, rank_codes.split())), output
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 1234567"
+    lines = (tmp_path / FAULTS).read_text().splitlines()
+    assert len(lines) == 20
+    assert lines[-1].endswith(f"start 200: code {code}")
 
 
-def test_slurm_gives_up_after_so_many_restarts(start: Start, tmp_path: Path) -> None:
-    code, output = ended(start("slurm.sbatch", rank_codes="86 86 86 86", SLURM_RESTART_COUNT="20", **SLURM))
+def test_slurm_gives_up_after_so_many_faults(start: Start, tmp_path: Path) -> None:
+    (tmp_path / FAULTS).write_text("a fault\n" * 20)
+    code, output = ended(start("slurm.sbatch", rank_codes="86 86 86 86", **SLURM))
     assert code == 86
     assert "after 20 restarts" in output
     assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+def test_slurm_does_not_start_again_after_a_fault_that_it_cannot_note(start: Start, tmp_path: Path) -> None:
+    (tmp_path / FAULTS).mkdir()
+    code, output = ended(start("slurm.sbatch", rank_codes="86 86 86 86", **SLURM))
+    assert code != 0
+    assert f"{FAULTS}: Is a directory" in output
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+def test_slurm_starts_again_after_every_planned_stop_and_counts_faults_anew(start: Start, tmp_path: Path) -> None:
+    (tmp_path / FAULTS).write_text("a fault\n" * 20)
+    code, output = ended(start("slurm.sbatch", rank_codes="85 85 85 85", SLURM_RESTART_COUNT="200", **SLURM))
+    assert code == 85, output
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 1234567"
+    assert not (tmp_path / FAULTS).exists()
 
 
 def test_slurms_signal_reaches_every_rank_and_the_saved_run_is_requeued(start: Start, tmp_path: Path) -> None:
@@ -198,6 +221,26 @@ def test_a_pod_has_to_know_its_gpus(start: Start) -> None:
     assert "GPUS_PER_POD: how many GPUs the pod has" in output
 
 
+def environment_of(pod_spec: dict[str, Any], claim: dict[str, Any], name: str) -> dict[str, str]:
+    """The variables of a pod's only container, which fits together with its volumes and its script."""
+    assert pod_spec["terminationGracePeriodSeconds"] >= 300
+    (container,) = pod_spec["containers"]
+    assert container["name"] == name
+    (command,) = container["command"]
+    assert ROOT / command == CLUSTER / "pod.sh"
+    recipe, option, config, *_ = container["args"]
+    assert recipe in RECIPES
+    assert (option, (ROOT / config).is_file()) == ("--deepspeed_config", True)
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert all(isinstance(value, str) for value in environment.values())
+    assert int(environment["GPUS_PER_POD"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    volumes = {one["name"]: one for one in pod_spec["volumes"]}
+    mounts = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
+    assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    assert mounts["/shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    return environment
+
+
 def test_the_pytorchjob_fits_together() -> None:
     claim, job = yaml.safe_load_all((CLUSTER / "pytorchjob.yaml").read_text())
     assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
@@ -211,22 +254,25 @@ def test_the_pytorchjob_fits_together() -> None:
     assert replicas["Master"]["replicas"] == 1
     for spec in replicas.values():
         assert spec["restartPolicy"] == "OnFailure"
-        pod_spec = spec["template"]["spec"]
-        assert pod_spec["terminationGracePeriodSeconds"] >= 300
-        (container,) = pod_spec["containers"]
-        assert container["name"] == "pytorch"
-        (command,) = container["command"]
-        assert ROOT / command == CLUSTER / "pod.sh"
-        recipe, option, config, *_ = container["args"]
-        assert recipe in RECIPES
-        assert (option, (ROOT / config).is_file()) == ("--deepspeed_config", True)
-        environment = {one["name"]: one["value"] for one in container["env"]}
-        assert all(isinstance(value, str) for value in environment.values())
-        assert int(environment["GPUS_PER_POD"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-        volumes = {one["name"]: one for one in pod_spec["volumes"]}
-        mounts = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
-        assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
-        assert mounts["/shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        environment_of(spec["template"]["spec"], claim, "pytorch")
+
+
+def test_the_job_of_one_node_starts_all_of_its_ranks_and_ends_after_a_mistake(start: Start, tmp_path: Path) -> None:
+    claim, job = yaml.safe_load_all((CLUSTER / "job.yaml").read_text())
+    assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    template = job["spec"]["template"]["spec"]
+    assert template["restartPolicy"] == "Never"  # Kubernetes takes a podFailurePolicy with no other
+    environment = environment_of(template, claim, "train")
+    code, output = ended(start("pod.sh", "nar-b-256", rank_codes="2 2 2 2 2 2 2 2", **environment))
+    mistake, eviction = job["spec"]["podFailurePolicy"]["rules"]
+    assert (mistake["action"], mistake["onExitCodes"]["containerName"]) == ("FailJob", "train")
+    assert (mistake["onExitCodes"]["operator"], mistake["onExitCodes"]["values"]) == ("In", [code]), output
+    assert (eviction["action"], eviction["onPodConditions"]) == ("Ignore", [{"type": "DisruptionTarget"}])
+    for rank in range(8):
+        assert (
+            tmp_path / f"rank-{rank}"
+        ).read_text() == f"{rank} {rank} 8 8 localhost 29500 '-u''t2i/train.py''nar-b-256'\n"
 
 
 # Hostfile and network

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from t2i.checkpoint_writer import CheckpointWriter, check_space, in_memory
+from t2i.checkpoint_writer import CheckpointWriter, check_space, plain
 
 
 @pytest.fixture
@@ -58,11 +60,35 @@ def test_a_full_disk_is_told_and_leaves_nothing(background: bool, tmp_path: Path
 
 def test_copies_share_nothing_with_what_they_are_copies_of() -> None:
     flat = torch.arange(4.0)
-    held = in_memory({"a": [flat[1:], (flat,)], "name": "x"})
+    held = plain({"a": [flat[1:], (flat,)], "name": "x"}, copied=True)
     flat.zero_()
     assert held["a"][0].tolist() == [1, 2, 3]
     assert held["a"][1][0].tolist() == [0, 1, 2, 3]
     assert held["a"][0].untyped_storage().nbytes() == 12
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_members_of_enumerations_are_written_as_their_values(background: bool, tmp_path: Path) -> None:
+    """Some versions of Python pickle them as a call of getattr, which is not read back."""
+    writer = CheckpointWriter(background)
+    writer.save({"stage": [ZeroStageEnum.gradients]}, str(tmp_path / "state.pt"))
+    writer.wait()
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "state.pt") == []
+    assert writer.load(str(tmp_path / "state.pt")) == {"stage": [2]}
+
+
+def test_what_changes_while_it_is_written_is_copied() -> None:
+    """As the scale of an fp16 loss does."""
+    scaler = DynamicLossScaler(2**16, 2, 1000, 1, 1, False)
+    held = plain({"loss_scaler": scaler}, copied=True)
+    scaler.update_scale(overflow=True)
+    assert (held["loss_scaler"].cur_scale, scaler.cur_scale) == (2**16, 2**15)
+
+
+def test_a_foreign_object_is_not_loaded(tmp_path: Path) -> None:
+    torch.save({"path": tmp_path}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state.pt holds pathlib.*, which no run of this program saves"):
+        CheckpointWriter(False).load(str(tmp_path / "state.pt"))
 
 
 def test_too_little_space_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.loader import LaneOrder
 from t2i import cli
-from t2i.config import ModelConfig
+from t2i.config import ModelConfig, Recipe, from_json, to_json
 from t2i.engine import read_deepspeed_config
 from t2i.memory import Arrangement
 from t2i.plan import WAYS, Cluster, Plan, config_json, deepspeed_config, lanes_for, make_plan, needed, traffic
 from t2i.plan_report import plan_json
-from t2i.recipes import nar_xl_256, nar_xl_512, nar_xxl, shapes_tiny
+from t2i.recipes import changed_recipe, nar_xl_256, nar_xl_512, nar_xxl, shapes_tiny
 
 ROOT = Path(__file__).parents[3]
 POD = Cluster(16, 8, "h100")
@@ -165,6 +166,47 @@ def test_the_command_prints_tables_and_writes_the_json(
     code, text, _ = plan(capsys, monkeypatch, *options, "--json")
     assert json.loads(text) == json.loads(plan_json(made))
     assert json.loads(text)["ways"][0]["memory"]["peak"] == made.ways[0].memory.peak
+
+
+def test_the_command_of_a_plan_starts_what_was_planned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Of a run that has a name like a recipe's, with other fields than that.
+    first = replace(nar_xl_256(), model=replace(nar_xl_256().model, n_layer=2))
+    file = tmp_path / "my run" / "recipe.json"
+    file.parent.mkdir()
+    file.write_text(to_json(first))
+    changes = [
+        "--train.steps",
+        "77",
+        "--data.lanes",
+        "64",
+        "--train.activation-checkpointing",
+        "--data.path",
+        "my data",
+    ]
+    where = ["--nodes", "16", "--gpus-per-node", "8"]
+    code, text, _ = plan(capsys, monkeypatch, str(file), *where, *changes)
+    assert code == 0
+    command = shlex.split(text.splitlines()[-1])
+    assert command[:4] == ["deepspeed", "--hostfile", "HOSTS", "t2i/train.py"]
+    assert command[4:7] == [str(file), "--deepspeed_config", "plan.json"]
+    started = changed_recipe(command[4], command[7:], "t2i/train.py")
+    code, text, _ = plan(capsys, monkeypatch, str(file), *where, *changes, "--json")
+    planned = from_json(Recipe, json.dumps(json.loads(text)["recipe"]))
+    assert planned.model.n_layer == 2
+    assert (planned.train.steps, planned.data.path) == (77, Path("my data"))
+    data, train = replace(planned.data, lanes=128), replace(planned.train, activation_checkpointing=False)
+    assert started == replace(planned, data=data, train=train)
+
+
+def test_a_field_that_no_recipe_has_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plan(capsys, monkeypatch, "nar-xl-256", "--train.step", "5")[0] == 2
+    code, _, err = plan(capsys, monkeypatch, "nar-xl-256", "--train.steps", "-5")
+    assert code == 2
+    assert err.startswith("error: ")
 
 
 def test_a_plan_in_which_nothing_fits_says_so(

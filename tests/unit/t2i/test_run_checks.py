@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.index import ShardSet
-from t2i.checkpoint import CheckpointInfo, Inputs
+from t2i.checkpoint import CheckpointInfo, Inputs, newest
 from t2i.config import DataConfig, Recipe, to_json
 from t2i.encoding import encode
 from t2i.recipes import shapes_clips, shapes_tiny
@@ -30,7 +30,9 @@ def mark_checkpoint(recipe: Recipe) -> Path:
     folder = recipe.run_dir / "checkpoints" / "step-00000004"
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(to_json(recipe))
-    info = CheckpointInfo(step=4, ranks=2, stage=2, global_batch=16, averaged=False, inputs=INPUTS)
+    info = CheckpointInfo(
+        step=4, ranks=2, stage=2, global_batch=16, layout="", averaged=False, inspected=True, unreadable=0, inputs=INPUTS
+    )  # fmt: skip
     (folder / "checkpoint.json").write_text(json.dumps(asdict(info)))
     return folder
 
@@ -88,7 +90,7 @@ def test_shards_of_another_tokenizer_are_refused(recipe: Recipe, tmp_path: Path)
 def frozen(recipe: Recipe, tmp_path: Path) -> Recipe:
     """The recipe with a frozen text encoder, which has states of 128 channels."""
     assert recipe.text_encoder is not None
-    encoder = TextEncoder.from_config(recipe.text_encoder, vocabulary_of(recipe, ShardSet(recipe.data.path)))
+    encoder = TextEncoder.from_config(recipe.text_encoder, vocabulary_of(recipe, ShardSet(recipe.data.path), None))
     encoder.save_pretrained(tmp_path / "t5")
     return replace(recipe, text_encoder=None, frozen_text_encoder=str(tmp_path / "t5"))
 
@@ -154,13 +156,15 @@ def test_a_class_conditional_recipe_needs_a_class_in_every_sample(recipe: Recipe
 )
 def test_a_run_folder_with_another_run_is_refused(recipe: Recipe, part: str, change: dict[str, Any], name: str) -> None:
     changed = replace(recipe, **{part: replace(getattr(recipe, part), **change)})
-    check_resumable(changed, INPUTS)  # nothing has been saved yet, so there is nothing to go on from
     mark_checkpoint(recipe)
+    found = newest(recipe.run_dir)
+    assert found is not None
     with pytest.raises(ValueError, match=f"holds a run with another {name}; go on with what is in"):
-        check_resumable(changed, INPUTS)
+        check_resumable(changed, INPUTS, found)
     # A longer schedule, other logging or another place of the data are no other run.
     longer = replace(recipe.train, steps=9999, log_every=7)
-    check_resumable(replace(recipe, train=longer, data=replace(recipe.data, workers=3, path=Path("moved"))), INPUTS)
+    elsewhere = replace(recipe.data, workers=3, path=Path("moved"))
+    check_resumable(replace(recipe, train=longer, data=elsewhere), INPUTS, found)
 
 
 @pytest.mark.parametrize(
@@ -169,28 +173,30 @@ def test_a_run_folder_with_another_run_is_refused(recipe: Recipe, part: str, cha
 )
 def test_a_run_goes_on_with_nothing_else_at_the_same_place(recipe: Recipe, given: str, name: str) -> None:
     mark_checkpoint(recipe)
+    found = newest(recipe.run_dir)
+    assert found is not None
     with pytest.raises(ValueError, match=f"holds a run with another {name}; go on"):
-        check_resumable(recipe, replace(INPUTS, **{given: "other"}))
+        check_resumable(recipe, replace(INPUTS, **{given: "other"}), found)
 
 
 def test_a_checkpoint_of_another_version_is_named(recipe: Recipe) -> None:
     marker = mark_checkpoint(recipe) / "checkpoint.json"
     marker.write_text(json.dumps({"step": 4, "ranks": 2, "stage": 2, "global_batch": 16}))
     with pytest.raises(ValueError, match=r"checkpoint.json is not of this version"):
-        check_resumable(recipe, INPUTS)
+        newest(recipe.run_dir)
 
 
 def test_the_vocabulary_of_a_run_is_made_once(recipe: Recipe) -> None:
     shards = ShardSet(recipe.data.path)
-    first = vocabulary_of(recipe, shards)
+    first = vocabulary_of(recipe, shards, None)
     assert (recipe.run_dir / "spiece.model").read_bytes() == first
     (recipe.run_dir / "spiece.model").write_bytes(b"the run's own")
-    assert vocabulary_of(recipe, shards) == b"the run's own"
+    assert vocabulary_of(recipe, shards, None) == b"the run's own"
     saved = mark_checkpoint(recipe) / "spiece.model"
     with pytest.raises(ValueError, match=r"has lost its spiece.model; copy it from another checkpoint"):
-        vocabulary_of(recipe, shards)
+        vocabulary_of(recipe, shards, newest(recipe.run_dir))
     saved.write_bytes(b"the checkpoint's")
-    assert vocabulary_of(recipe, shards) == b"the checkpoint's"
+    assert vocabulary_of(recipe, shards, newest(recipe.run_dir)) == b"the checkpoint's"
 
 
 def test_a_lower_casing_text_encoder_has_a_lower_case_vocabulary(
@@ -202,7 +208,7 @@ def test_a_lower_casing_text_encoder_has_a_lower_case_vocabulary(
     monkeypatch.setattr(shards, "read_encoded", shout)
     assert recipe.text_encoder is not None
     config = replace(recipe.text_encoder, lower_case=True)
-    encoder = TextEncoder.from_config(config, vocabulary_of(replace(recipe, text_encoder=config), shards))
+    encoder = TextEncoder.from_config(config, vocabulary_of(replace(recipe, text_encoder=config), shards, None))
     ids, _ = encoder.tokenize(["A PHOTO OF A STAR"])
     assert ids.shape[1] <= 7  # words, not letters
     assert torch.equal(ids, encoder.tokenize(["a photo of a star"])[0])

@@ -88,13 +88,13 @@ def test_deleted_pictures_are_drawn_again_and_no_others(
     call: Call, export: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    draw = TextToImagePipeline.__call__
+    draw = TextToImagePipeline.tokens
 
     def counted(self: TextToImagePipeline, items: list[str], *args: object, **options: object) -> object:
         drawn.append(len(items))
         return draw(self, items, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TextToImagePipeline, "__call__", counted)
+    monkeypatch.setattr(TextToImagePipeline, "tokens", counted)
     arguments = ["generate", export, "--prompts", prompts, "--out", tmp_path / "images", "--images-per-prompt", "2"]
     assert call(*arguments, "--batch-size", "100") == 0
     assert drawn == [24]  # a batch is as large as was asked for, across prompts
@@ -180,20 +180,18 @@ def test_run_with_mask2former_from_export_to_report(
     arguments = [
         "run", export, "--per-task", "1", "--images-per-prompt", "1", *neural(small_detector, small_clip),
     ]  # fmt: skip
-    assert call(*arguments, "--out", tmp_path / "one") == 0
-    summary = json.loads((tmp_path / "one/summary.json").read_text())
+    out = tmp_path / "out"
+    for rank in (1, 0):
+        assert call(*arguments, "--out", out, rank=(rank, 2)) == 0
+        assert (out / "report.html").exists() == (rank == 0)
+    summary = json.loads((out / "summary.json").read_text())
     assert (summary["judge"], summary["ceilings"], summary["model"]["step"]) == ("mask2former", {}, 30)
     assert summary["made_from"]["scoring"]["max_overlap"] == 0.9
     assert summary["scores"]["overall"]["images"] == 85
-    rows = read_jsonl(tmp_path / "one/results.jsonl")
-    assert all((tmp_path / "one" / row["filename"]).is_file() for row in rows)
-    assert "a photo of" in (tmp_path / "one/report.html").read_text()
-    for rank in (1, 0):
-        assert call(*arguments, "--out", tmp_path / "two", rank=(rank, 2)) == 0
-        assert (tmp_path / "two/report.html").exists() == (rank == 0)
-    assert len(read_jsonl(tmp_path / "two/results.jsonl")) == 85
-    pictures = {name: content for name, content in files(tmp_path / "two").items() if name.endswith(".png")}
-    assert pictures == {name: content for name, content in files(tmp_path / "one").items() if name.endswith(".png")}
+    rows = read_jsonl(out / "results.jsonl")
+    assert len(rows) == 85
+    assert all((out / row["filename"]).is_file() for row in rows)
+    assert "a photo of" in (out / "report.html").read_text()
 
 
 def test_run_on_ranks_with_the_shapes_judge_and_options(

@@ -33,13 +33,13 @@ def finished(make_export: Callable[..., Path], tmp_path_factory: pytest.TempPath
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collects how many pictures each call of a pipeline draws."""
     calls: list[int] = []
-    draw = TextToImagePipeline.__call__
+    draw = TextToImagePipeline.tokens
 
     def counting(self: TextToImagePipeline, prompts: list[str], *args: Any, **options: Any) -> Any:
         calls.append(len(prompts))
         return draw(self, prompts, *args, **options)
 
-    monkeypatch.setattr(TextToImagePipeline, "__call__", counting)
+    monkeypatch.setattr(TextToImagePipeline, "tokens", counting)
     return calls
 
 
@@ -106,7 +106,7 @@ def test_an_interrupted_run_resumes(
     finished: tuple[Path, Path], tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export, out = finished
-    real = TextToImagePipeline.__call__
+    real = TextToImagePipeline.tokens
 
     def interrupted(self: TextToImagePipeline, *args: Any, **options: Any) -> Any:
         if len(drawn) == 1:
@@ -114,7 +114,7 @@ def test_an_interrupted_run_resumes(
         return real(self, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TextToImagePipeline, "__call__", interrupted)
+        patch.setattr(TextToImagePipeline, "tokens", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_geneval(export, tmp_path / "cut", **SMALL)
     run_geneval(export, tmp_path / "cut", run_dir=out.parent, **SMALL)

@@ -1,11 +1,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from doctor_findings import GIB, GPU, JSON, findings, group, local, on_b, only, plan, together
 
 from t2i.doctor import checks
 from t2i.doctor.facts import Clock, ShardFacts
 from t2i.engine import Engine
+
+SIZE = 800_000_000 * (2 + 3 * 4)
+"""Bytes of a checkpoint of these findings, at ZeRO 2 in bf16 and without an average."""
 
 
 def test_nothing_is_red_or_yellow_where_all_is_well() -> None:
@@ -99,13 +103,19 @@ def test_the_run_folder_has_to_be_one_and_writable() -> None:
 
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("half", [False, True])
-def test_a_checkpoint_is_as_large_as_the_engine_says(averaged: bool, half: bool) -> None:
-    import torch
-
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_is_as_large_as_the_engine_says(stage: int, half: bool, averaged: bool) -> None:
     engine = Engine.__new__(Engine)
-    engine.n_parameters, engine.dtype = 800_000_000, torch.bfloat16 if half else torch.float32
-    found = findings(plan=plan(ema_decay=0.9 if averaged else 0.0), config=JSON | {"bf16": {"enabled": half}})
-    assert checks.checkpoint_bytes(found) == engine.checkpoint_bytes(averaged)
+    engine.n_parameters, engine.stage, engine.dtype = 800_000_000, stage, torch.bfloat16 if half else torch.float32
+    config = JSON | {"bf16": {"enabled": half}, "zero_optimization": {"stage": stage}}
+    found = findings(plan=plan(ema_decay=0.9 if averaged else 0.0), config=config)
+    assert f"a checkpoint of {checks.gib(engine.checkpoint_bytes(averaged))} takes" in checks.saving(found)[0].seen
+
+
+def test_a_json_whose_sections_are_none_is_taken_for_fp32_and_whole_weights() -> None:
+    found = findings(config={"bf16": True, "zero_optimization": {"stage": "auto"}})
+    assert "a checkpoint of 11.9 GiB takes" in checks.saving(found)[0].seen
+    assert all(row.status == "green" for row in checks.all_reduce(found))
 
 
 def test_write_speed_is_that_of_all_hosts_together() -> None:
@@ -115,16 +125,28 @@ def test_write_speed_is_that_of_all_hosts_together() -> None:
     slow = findings(
         group=tuple(replace(group(rank), write_seconds=20.0 if rank % 2 == 0 else 0.0) for rank in range(4))
     )
-    assert checks.saving(slow)[0].status == "yellow"
-    endless = findings(group=tuple(replace(facts, write_seconds=2 * facts.write_seconds) for facts in slow.group))
-    assert checks.saving(endless)[0].status == "yellow"
-    waiting = replace(endless, plan=plan(background_save=False))
-    assert checks.saving(waiting)[0].status == "red"
-    assert "background_save" in checks.saving(waiting)[0].remedy
+    row = checks.saving(slow)[0]
+    assert row.status == "yellow"
+    assert "background_save" in row.remedy
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("watchdog", "status"), [(1800.0, "red"), (2100.0, "yellow"), (0.0, "yellow")], ids=["less", "more", "none"]
+)
+def test_a_save_may_take_as_long_as_the_watchdog_waits(background: bool, watchdog: float, status: str) -> None:
+    wrote = tuple(replace(group(rank), write_seconds=100.0 if rank % 2 == 0 else 0.0) for rank in range(4))
+    made = plan(watchdog_seconds=watchdog, background_save=background)
+    row = checks.saving(findings(plan=made, group=wrote))[0]
+    assert (row.check, row.status) == ("write speed", status)
+    assert "takes about 35 min" in row.seen
+    if status == "red":
+        assert "train.watchdog_seconds 1800 ends a run that waits longer" in row.seen
+        assert "set train.watchdog_seconds above 2,086" in row.remedy
 
 
 def test_free_space_against_the_checkpoints_that_are_kept() -> None:
-    size = checks.checkpoint_bytes(findings())
+    size = SIZE
 
     def space(free: int, kept: int = 0, **train: int) -> str:
         found = findings(
@@ -141,7 +163,7 @@ def test_free_space_against_the_checkpoints_that_are_kept() -> None:
 
 
 def test_memory_for_the_copy_that_is_written_in_the_background() -> None:
-    size = checks.checkpoint_bytes(findings())
+    size = SIZE
     short = on_b(memory=size // 2 - 1)
     only(checks.saving, short, "red", "b has", "background_save False")
     assert all(row.status == "green" for row in checks.saving(on_b(memory=size // 2)))
