@@ -52,8 +52,8 @@ class Export:
     def check_draws_captions(self) -> None:
         """Raise ValueError where the export does not draw pictures of captions."""
         if self.description.model.condition != "text":
-            raise ValueError(f"{self.folder} draws classes, not captions; GenEval needs a text-to-image export")
+            raise ValueError(f"{self.folder} draws classes, not captions; a text-to-image export is needed")
         if len(self.description.model.grid) != 2:
-            raise ValueError(f"{self.folder} draws clips, not pictures; GenEval needs a text-to-image export")
+            raise ValueError(f"{self.folder} draws clips, not pictures; a text-to-image export is needed")
         if not self.description.tokenizer:
             raise ValueError(f"{self.folder} has no image tokenizer and draws no pictures; make it again with one")

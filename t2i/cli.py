@@ -18,7 +18,7 @@ from t2i.doctor.commands import Doctor, doctor
 from t2i.plan_command import PlanOptions, plan
 from t2i.tokenizer_config import TokenizerTraining
 
-EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy")
+EVAL_MODULES = ("jinja2", "matplotlib", "open_clip", "scipy", "torch_fidelity")
 """What the `eval` extra installs."""
 
 HELP = (
@@ -343,6 +343,74 @@ def score_classes(
     from eval.classes import score_classes
 
     score_classes(export, out or export / "classes", judge=judge, samples=samples, batch_size=batch_size, seed=seed)
+
+
+@app.command(name="evaluate")
+def evaluate(
+    source: Positional[Path],
+    prompts: Path | None = None,
+    reference: Path | None = None,
+    out: Path | None = None,
+    images_per_prompt: int | None = None,
+    prompt_field: str | None = None,
+    clip_score: bool = True,
+    clip: str = "ViT-L-14",
+    clip_pretrained: str = "openai",
+    clip_quick_gelu: bool | None = None,
+    clip_prefix: str = "",
+    kid: bool = True,
+    inception: Path | None = None,
+    resize: Literal["clean", "tensorflow"] = "clean",
+    crop_reference: bool = False,
+    save_reference: Path | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str | None = None,
+    json: bool = False,
+) -> None:
+    """CLIPScore of an export or of pictures with prompts, and their FID and KID against a reference.
+
+    Args:
+        source: An export; or a folder of pictures: of GenEval's layout, with .txt captions beside them, or in the order of
+            prompts.
+        prompts: A .txt with a prompt a line, or a table (.csv, .tsv, .json, .jsonl, .parquet).
+        reference: What pictures are compared with: a folder of pictures, or an .npz with mu and sigma, for KID with features.
+        out: Folder for scores.json, clip_scores.jsonl and an export's pictures. When not given it is EXPORT/evaluate, and for
+            pictures nothing is written.
+        images_per_prompt: Pictures of each prompt; 1 when not given, and of GenEval's layout all there are.
+        prompt_field: The table's field with the prompt; "prompt", or else "caption", when not given.
+        clip_score: Compute CLIPScore where prompts are known.
+        clip: open_clip's architecture of the model for CLIPScore, or local-dir:FOLDER.
+        clip_pretrained: Its weights: a tag of open_clip's, or a file.
+        clip_quick_gelu: Whether those weights were trained with QuickGELU. Known of a tag; a file is taken for OpenAI's where
+            there are such of that architecture.
+        clip_prefix: Put before each prompt; "A photo depicts " in CLIPScore as published.
+        kid: Compute KID beside FID.
+        inception: File of Inception's weights; from torch's cache, or fetched, when not given.
+        resize: How pictures are brought to Inception's size: as clean-fid does, or as in the first FIDs.
+        crop_reference: Compare with the largest central square of each picture in the folder.
+        save_reference: An .npz for statistics and features of the folder, to be compared with again.
+        batch_size: Pictures drawn or measured at once.
+        seed: Another seed draws other pictures.
+        device: Where to run; the first GPU or the processor when not given.
+        json: Print scores.json in place of the table.
+    """
+    from eval.evaluate import ClipOptions, ReferenceOptions, evaluate
+    from eval.evaluate_table import print_scores
+
+    if reference is None and (inception is not None or save_reference is not None or crop_reference or not kid):
+        raise ValueError(
+            "inception, kid and a way to read the reference are given, and no reference; give one, or leave them out"
+        )
+    document = evaluate(
+        source, prompts=prompts, prompt_field=prompt_field, out=out,
+        clip=ClipOptions(clip, clip_pretrained, clip_quick_gelu, clip_prefix) if clip_score else None,
+        reference=None if reference is None else ReferenceOptions(
+            reference, inception, resize, crop_reference, kid, save_reference
+        ),
+        images_per_prompt=images_per_prompt, batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
+    print_scores(document, json)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from eval.geneval.detections import Detection, Image
 from eval.geneval.prompts import COLORS
 from eval.geneval.weights import not_here, snapshot
 
-__all__ = ["TEMPLATES", "ClipColors", "ClipWeights", "find_clip", "object_crop"]
+__all__ = ["TEMPLATES", "ClipColors", "ClipWeights", "find_clip", "load_clip", "object_crop"]
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY = 153  # 0x99
@@ -141,7 +141,7 @@ class ClipColors:
         Raises ValueError where the files are damaged or are not of that architecture.
         """
         self.device, self.batch_size = torch.device(device), batch_size
-        self._model, self._preprocess, self._tokenizer = _load(weights)
+        self._model, self._preprocess, self._tokenizer = load_clip(weights)
         self._model.to(self.device).eval()
         self._texts: dict[str, Tensor] = {}
 
@@ -168,8 +168,11 @@ class ClipColors:
         return self._texts[class_name]
 
 
-def _load(weights: ClipWeights) -> tuple[Any, Any, Any]:
-    """The model, its preprocessing of one PIL image, and its tokenizer of sentences."""
+def load_clip(weights: ClipWeights) -> tuple[Any, Any, Any]:
+    """The model, on the processor, its preprocessing of one PIL image, and its tokenizer of sentences.
+
+    Raises ValueError where the files are damaged or are not of that architecture.
+    """
     options: dict[str, Any] = dict(weights.preprocessing)
     if weights.quick_gelu is not None:
         options["force_quick_gelu"] = weights.quick_gelu

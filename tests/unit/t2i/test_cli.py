@@ -35,6 +35,7 @@ COMMANDS = {
     "geneval run": "--images-per-prompt",
     "geneval report": "--thumbnail",
     "score-classes": "--samples",
+    "evaluate": "--reference",
 }
 
 
@@ -93,6 +94,7 @@ def test_help_names_all_commands_and_loads_no_model_library() -> None:
         (["geneval", "report", "OUT"], "does not exist"),
         (["geneval", "report"], "no results to report"),
         (["score-classes", "OUT"], "is no export"),
+        (["evaluate", "OUT"], "is no folder"),
         (["data", "shapes", "--out", "OUT", "--frames", "2"], "clips of 2 frames cannot be made"),
         (["data", "shapes", "--out", "OUT", "--frames", "4", "--single-object"], "not both"),
         (["bench", "decode", "--sizes", "Q"], "no size 'Q'"),
@@ -137,6 +139,7 @@ def test_a_folder_of_the_wrong_kind_is_one_line_and_exit_code_2(
         (("data", "shapes", "--out", encoded_shapes), "was not made by this command"),
         (("sample", vq, "a star"), "no export: its config.json describes something else"),
         (("geneval", "run", vq), "no export: its config.json describes something else"),
+        (("evaluate", vq), "no export: its config.json describes something else"),
     ):
         assert call(monkeypatch, *arguments) == 2, arguments
         lines = capsys.readouterr().err.strip().splitlines()

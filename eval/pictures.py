@@ -1,0 +1,246 @@
+"""Pictures with their prompts, as people have them: which files, whose prompts, decoded ahead of their use.
+
+    pictures = list_pictures(Path("images"))
+    for found in read_ahead(pictures.paths, prepare): ...
+
+A folder is one of three kinds: GenEval's published layout (`00000/metadata.jsonl`, `00000/samples/0000.png`), pictures with
+a `.txt` caption beside each, or just pictures, whose prompts may stand in a file of their own, in the order of the names.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from PIL import Image
+
+from data_pipeline.images import IMAGE_SUFFIXES, open_rgb
+from data_pipeline.picture_folder import PictureFolder
+from data_pipeline.tables import TABLE_SUFFIXES, BadRow, read_table
+from t2i.files import read_json
+
+__all__ = ["Found", "PictureSet", "Unreadable", "is_geneval_layout", "list_pictures", "read_ahead", "read_prompt_file"]
+
+Prepared = TypeVar("Prepared")
+
+READERS = 4  # threads that decode pictures
+PROMPT_FIELDS = ("prompt", "caption")
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures to measure, in order.
+
+    Attributes:
+        root: The folder that the names are relative to.
+        names: Of the files, with `/`.
+        prompts: What was asked for; empty where nobody knows.
+        prompt_of: For each picture the index of its prompt; empty without prompts.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    prompt_of: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.prompt_of) == (len(self.names) if self.prompts else 0)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [self.root / name for name in self.names]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that cannot be read, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found(Generic[Prepared]):
+    """One picture as `read_ahead` gives it: its number, and what was made of it or why it cannot be read."""
+
+    number: int
+    value: Prepared | None
+    problem: str = ""
+
+
+def read_prompt_file(path: Path, field: str | None = None) -> list[str]:
+    """The prompts in a file: lines of a .txt, or one field of a table (.csv, .tsv, .json, .jsonl, .parquet).
+
+    `field` names the table's field; when None it is "prompt", or else "caption". Empty lines at the end do not count.
+
+    Raises ValueError for a file of another kind, without such a field, or with an empty prompt, naming its line or row.
+    """
+    if path.suffix.lower() == ".txt" and path.is_file():
+        if field is not None:
+            raise ValueError(f"{path} has lines and no fields; leave the prompt field ({field!r}) out")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+        rows, what = list(enumerate(lines, start=1)), "line"
+    elif path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        rows, what = list(enumerate(_column(path, field), start=1)), "row"
+    else:
+        raise ValueError(f"{path} is no file of prompts; give a .txt with one a line, or {', '.join(TABLE_SUFFIXES)}")
+    for number, prompt in rows:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(
+                f"{path} {what} {number} holds no prompt ({prompt!r}); write one there or delete the {what}"
+            )
+    if not rows:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return [prompt.strip() for _, prompt in rows]
+
+
+def _column(path: Path, field: str | None) -> list[Any]:
+    *others, last = PROMPT_FIELDS if field is None else (field,)
+    for name in others:
+        try:
+            return [_cell(row, name) for row in read_table(path, [name])]
+        except ValueError:  # if it is not for the missing field, it is raised again below
+            continue
+    return [_cell(row, last) for row in read_table(path, [last])]
+
+
+def _cell(row: Any, name: str) -> Any:
+    return None if isinstance(row, BadRow) else row.get(name)
+
+
+def is_geneval_layout(folder: Path) -> bool:
+    """Whether the folder holds pictures in GenEval's published layout."""
+    return next(folder.glob("[0-9]*/metadata.jsonl"), None) is not None
+
+
+def list_pictures(
+    folder: Path,
+    prompts: Sequence[str] | None = None,
+    images_per_prompt: int | None = None,
+    captions: bool = True,
+) -> PictureSet:
+    """The pictures of a folder, of any of the three kinds.
+
+    Args:
+        folder: JPEG, PNG and WebP files in it and in folders below count; of GenEval's layout those under `samples`.
+        prompts: Of a folder that does not say itself: prompt i belongs to the i-th `images_per_prompt` pictures in order of
+            their names (as numbers, where all names are numbers).
+        images_per_prompt: With `prompts` 1 when not given. Of GenEval's layout: the first so many of each, all when not given.
+        captions: Whether prompts are wanted at all; `.txt` files and metadata are not read otherwise.
+
+    Raises ValueError where there are no pictures, or fewer than there should be, and where only some have captions.
+    """
+    if images_per_prompt is not None and images_per_prompt < 1:
+        raise ValueError(f"images per prompt is {images_per_prompt}; it must be at least 1")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give one that holds pictures")
+    if is_geneval_layout(folder):
+        if prompts is not None:
+            raise ValueError(f"{folder} names the prompt of each picture in its metadata.jsonl; leave the prompts out")
+        return _geneval_layout(folder, images_per_prompt, captions)
+    found = PictureFolder(folder)
+    names = tuple(found.pictures)
+    if not names:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); give a folder that does")
+    if prompts is not None:
+        return _in_order(folder, names, prompts, images_per_prompt or 1)
+    if images_per_prompt is not None:
+        raise ValueError(f"images per prompt is {images_per_prompt}, and {folder} has no prompts; give a file of them")
+    texts = {name.rpartition(".")[0]: name for name in found.others if name.lower().endswith(".txt")}
+    captioned = [name for name in names if _stem(name) in texts]
+    if not captions or not captioned:
+        return PictureSet(folder, names)
+    if bare := [name for name in names if _stem(name) not in texts]:
+        raise ValueError(
+            f"{len(bare):,} of {len(names):,} pictures in {folder} have no .txt caption, such as {bare[0]}; write it, or "
+            "give a file of prompts"
+        )
+    read = tuple(_caption(folder / texts[_stem(name)]) for name in names)
+    return PictureSet(folder, names, read, tuple(range(len(names))))
+
+
+def _geneval_layout(folder: Path, images_per_prompt: int | None, captions: bool) -> PictureSet:
+    names: list[str] = []
+    prompts: list[str] = []
+    prompt_of: list[int] = []
+    for index, metadata in enumerate(sorted(folder.glob("[0-9]*/metadata.jsonl"))):
+        home = metadata.parent
+        files = sorted(
+            path.relative_to(folder).as_posix()
+            for path in (home / "samples").glob("[!.]*")
+            if path.suffix[1:].lower() in IMAGE_SUFFIXES
+        )
+        if len(files) < (images_per_prompt or 1):
+            raise ValueError(
+                f"{home} has {len(files)} pictures of {images_per_prompt or 1}; draw those that are missing"
+            )
+        names += files[:images_per_prompt]
+        prompt_of += [index] * len(files[:images_per_prompt])
+        if captions:
+            prompt = read_json(metadata).get("prompt")
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"{metadata} names no prompt; it must be a JSON object with one")
+            prompts.append(prompt)
+    return PictureSet(folder, tuple(names), tuple(prompts), tuple(prompt_of) if captions else ())
+
+
+def _in_order(folder: Path, names: tuple[str, ...], prompts: Sequence[str], images_per_prompt: int) -> PictureSet:
+    wanted = len(prompts) * images_per_prompt
+    if len(names) != wanted:
+        raise ValueError(
+            f"{folder} holds {len(names):,} pictures, and {len(prompts):,} prompts with {images_per_prompt} each make "
+            f"{wanted:,}; give the prompts of exactly these pictures, or another number of images per prompt"
+        )
+    # 10.png comes after 9.png.
+    if all(Path(name).stem.isdecimal() and Path(name).parent == Path() for name in names):
+        names = tuple(sorted(names, key=lambda name: int(Path(name).stem)))
+    return PictureSet(
+        folder, names, tuple(prompts), tuple(index for index in range(len(prompts)) for _ in range(images_per_prompt))
+    )
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _caption(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+    if not text:
+        raise ValueError(f"{path} is empty; write the caption there, or delete it and the picture")
+    return text
+
+
+def read_ahead(
+    paths: Iterable[Path], prepare: Callable[[Image.Image], Prepared], ahead: int = 32
+) -> Iterator[Found[Prepared]]:
+    """Each picture in order, decoded to RGB and prepared in threads, at most `ahead` of them before they are asked for."""
+    waiting: deque[Future[Found[Prepared]]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for number, path in enumerate(paths):
+                waiting.append(pool.submit(_read, number, path, prepare))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # who stops early does not wait for the rest
+            for future in waiting:
+                future.cancel()
+
+
+def _read(number: int, path: Path, prepare: Callable[[Image.Image], Prepared]) -> Found[Prepared]:
+    try:
+        image = open_rgb(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Found(number, None, reason)
+    return Found(number, prepare(image))
