@@ -41,17 +41,27 @@ def folder_of(folder: Path, number: int, seed: int = 0, brightness: int = 256) -
     return folder
 
 
-def slow_cosine(small_clip: Path, file: Path, prompt: str) -> float:
+@pytest.fixture(scope="module")
+def slow_cosine(small_clip: Path) -> Callable[[Path, str], float]:
+    """The cosine of one picture with one prompt, straight from the model."""
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{small_clip}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{small_clip}")
-    with torch.inference_mode(), Image.open(file) as image:
-        one = model.encode_image(preprocess(image.convert("RGB"))[None])[0]
-        other = model.encode_text(tokenizer([prompt]))[0]
-    return float(one @ other / one.norm() / other.norm())
+
+    def cosine(file: Path, prompt: str) -> float:
+        with torch.inference_mode(), Image.open(file) as image:
+            one = model.encode_image(preprocess(image.convert("RGB"))[None])[0]
+            other = model.encode_text(tokenizer([prompt]))[0]
+        return float(one @ other / one.norm() / other.norm())
+
+    return cosine
 
 
 def test_an_export_is_drawn_and_scored(
-    make_export: MakeExport, small_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_export: MakeExport,
+    small_clip: Path,
+    slow_cosine: Callable[[Path, str], float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     export = make_export()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
@@ -64,7 +74,7 @@ def test_an_export_is_drawn_and_scored(
     assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
     (pictures,) = (out / "pictures").iterdir()
     for row in rows:
-        expected = slow_cosine(small_clip, pictures / row["filename"], row["prompt"])
+        expected = slow_cosine(pictures / row["filename"], row["prompt"])
         assert row["cosine"] == pytest.approx(expected, abs=1e-5)
     cosines = np.array([row["cosine"] for row in rows])
     assert found["clip"]["cosine_x100"]["value"] == pytest.approx(100 * cosines.mean())
@@ -98,7 +108,10 @@ def test_an_export_is_drawn_and_scored(
 
 
 def test_pictures_of_others_and_a_damaged_one(
-    small_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_clip: Path,
+    slow_cosine: Callable[[Path, str], float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = folder_of(tmp_path / "pictures", 6)
     (folder / "002.png").write_bytes(b"damaged")
@@ -114,7 +127,7 @@ def test_pictures_of_others_and_a_damaged_one(
     assert [(row["filename"], row["prompt"]) for row in rows] == [
         (f"{n:03d}.png", PROMPTS[n // 2]) for n in (0, 1, 3, 4, 5)
     ]
-    expected = slow_cosine(small_clip, folder / "003.png", f"A photo depicts {PROMPTS[1]}")
+    expected = slow_cosine(folder / "003.png", f"A photo depicts {PROMPTS[1]}")
     assert rows[2]["cosine"] == pytest.approx(expected, abs=1e-5)
     print_scores(found)
     err = capsys.readouterr().err
