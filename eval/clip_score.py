@@ -105,7 +105,7 @@ def mean_over_prompts(
     """The mean over pictures, with the 95% percentile interval of a bootstrap over prompts."""
     assert len(values_K) == len(prompt_of_K) > 0
     _, prompt_K = np.unique(np.asarray(prompt_of_K), return_inverse=True)
-    totals_P = np.bincount(prompt_K, weights=values_K)
+    totals_P = np.bincount(prompt_K, weights=values_K).astype(np.float64)
     pictures_P = np.bincount(prompt_K).astype(np.float64)
     rng = np.random.default_rng(seed)
     step = max(1, _COUNTS // len(totals_P))

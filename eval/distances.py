@@ -70,7 +70,7 @@ class FeatureSet:
 
     def save(self, path: Path) -> None:
         """Write an `.npz`, atomically: mu, sigma, features, and `about` as JSON."""
-        arrays = {} if self.features is None else {"features": self.features}
+        arrays: dict[str, Any] = {} if self.features is None else {"features": self.features}
         with replacing(path) as stream:
             np.savez(stream, mu=self.mu, sigma=self.sigma, about=np.array(json.dumps(dict(self.about))), **arrays)
 

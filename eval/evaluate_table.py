@@ -30,13 +30,15 @@ def score_table(document: dict[str, Any]) -> Table:
             ends = f"[{score.low:.{digits}f}, {score.high:.{digits}f}]"
             table.add_row(name, f"{score.value:.{digits}f} {ends}", of)
         table.caption = f"{clip['arch']} {clip['pretrained']}; 95% intervals, bootstrapped over prompts"
-    if score := document.get("fid"):
+    if distance := document.get("fid"):
         against = document["reference"]["pictures"]
         of = f"{document['pictures']:,} pictures against {'statistics' if against is None else format(against, ',')}"
-        table.add_row("FID", f"{score['value']:.2f}", f"{of}, resize {document['inception']['resize']}")
-    if score := document.get("kid"):
-        std = "" if score["std"] is None else f" ± {score['std']:.5f}"
-        table.add_row("KID", f"{score['value']:.5f}{std}", f"{score['subsets']} subsets of {score['subset_size']:,}")
+        table.add_row("FID", f"{distance['value']:.2f}", f"{of}, resize {document['inception']['resize']}")
+    if distance := document.get("kid"):
+        std = "" if distance["std"] is None else f" ± {distance['std']:.5f}"
+        table.add_row(
+            "KID", f"{distance['value']:.5f}{std}", f"{distance['subsets']} subsets of {distance['subset_size']:,}"
+        )
     return table
 
 

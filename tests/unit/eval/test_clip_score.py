@@ -79,16 +79,16 @@ def test_the_interval_is_over_prompts_and_not_over_pictures() -> None:
     rng = np.random.default_rng(0)
     of_prompt = rng.normal(size=400)
     values = np.repeat(of_prompt, 4)  # four pictures that say the same are no four observations
-    found = mean_over_prompts(values, [index for index in range(400) for _ in range(4)])
+    found = mean_over_prompts(values, [index for index in range(400) for _ in range(4)], replicates=2000)
     expected = 2 * 1.96 * of_prompt.std() / 400**0.5
     assert found.high - found.low == pytest.approx(expected, rel=0.1)
-    wrong = mean_over_prompts(values, range(1600))
+    wrong = mean_over_prompts(values, range(1600), replicates=1000)
     assert wrong.high - wrong.low == pytest.approx(expected / 2, rel=0.1)
 
 
 def test_draws_in_parts_are_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    values, prompt_of = rng.normal(size=60), rng.integers(0, 23, 60).tolist()
+    values, prompt_of = rng.normal(size=60), [number % 23 for number in range(60)]
     at_once = mean_over_prompts(values, prompt_of)
     sizes: list[int] = []
 
