@@ -174,7 +174,7 @@ def make_report(
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give a file name such as {out / 'report.html'}")
     losses = None if run_dir is None else read_losses(run_dir)
-    folders = images or [None] * len(results)
+    folders: Sequence[Path | None] = images or [None] * len(results)
     models = [read_results(given, folder) for given, folder in zip(results, folders, strict=True)]
     written = write_report(models, out, losses, side=side, progress=progress)
     if written.missing:

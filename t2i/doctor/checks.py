@@ -214,7 +214,9 @@ def _write_speed(f: Findings, size: int) -> Row:
     # In the background too: the last checkpoint is waited for, and one that is not whole when the next begins.
     if 0 < train.watchdog_seconds < takes:
         limit = f"{seen}, and train.watchdog_seconds {train.watchdog_seconds:g} ends a run that waits longer"
-        remedy = f"use a faster file system for --run-dir, or set train.watchdog_seconds above {takes:,.0f}"
+        remedy = (
+            f"use a faster file system for --run-dir, or set train.watchdog_seconds above {takes:,.0f} (0: no limit)"
+        )
         return Row("red", "write speed", limit, remedy)
     if takes > SLOW_SAVE:
         return Row("yellow", "write speed", seen, "use a faster file system for --run-dir, keep train.background_save on, and "

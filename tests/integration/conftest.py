@@ -29,7 +29,9 @@ TIMEOUT = 240
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment, with its own interpreter's programs first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes
+    # With the tests as pytest names them, since an installed library may have a package `tests`.
+    modules = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": modules} | changes
 
 
 def execute(
@@ -95,7 +97,7 @@ def forked(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     """Execute runs one after the other, each forked from one process that has imported everything."""
     scenario = folder / "scenario.json"
     scenario.write_text(json.dumps(runs))
-    done = execute([sys.executable, "-m", "tests.integration.forked", scenario], timeout=900)
+    done = execute([sys.executable, "-m", "integration.forked", scenario], timeout=900)
     log = scenario.with_suffix(".log")
     assert done.returncode == 0, done.stderr + (log.read_text()[-4000:] if log.exists() else "")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]

@@ -1,4 +1,4 @@
-"""Runs of several ranks without the price of imports: `python -m tests.integration.forked SCENARIO.json`.
+"""Runs of several ranks without the price of imports: `python -m integration.forked SCENARIO.json`.
 
 One process imports everything once, and forks itself for each rank of each run, as if the launcher had started it. What ends
 a run here are signals that are really sent and ranks that really die, so tests that need tens of runs take minutes.
@@ -222,7 +222,7 @@ def _rank(rank: int, run: dict[str, Any], port: int, log: Path, seed: int) -> No
 
 def execute(run: dict[str, Any], log: Path, seed: int) -> dict[str, Any]:
     """One run; returns its exit codes (negative: the signal that ended a rank)."""
-    from tests.integration.conftest import free_port
+    from .conftest import free_port
 
     port = free_port()
     steps_file = Path(run["run_dir"]) / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""What ranks of real training runs hold in memory, and write to disk: `python -m tests.integration.measured CASES.json`.
+"""What ranks of real training runs hold in memory, and write to disk: `python -m integration.measured CASES.json`.
 
 One process imports everything once and forks itself for each rank of each case, {"recipe", "deepspeed", "ranks", "caption",
 "steps", "checkpoint"}. The answer to each is a line of JSON: the most bytes that a rank held beyond what it held before its

@@ -53,7 +53,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
     (folder / "cases.json").write_text(json.dumps(cases))
     # Freed memory goes back to the system, so that what counts is what is held.
     trim = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-    done = execute([sys.executable, "-m", "tests.integration.measured", folder / "cases.json"], timeout=900, **trim)
+    done = execute([sys.executable, "-m", "integration.measured", folder / "cases.json"], timeout=900, **trim)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

@@ -206,7 +206,7 @@ def test_a_field_that_no_recipe_has_is_refused(
     assert plan(capsys, monkeypatch, "nar-xl-256", "--train.step", "5")[0] == 2
     code, _, err = plan(capsys, monkeypatch, "nar-xl-256", "--train.steps", "-5")
     assert code == 2
-    assert "steps is -5" in err
+    assert "TrainConfig: steps is -5" in err
 
 
 def test_a_plan_in_which_nothing_fits_says_so(

@@ -142,7 +142,7 @@ def test_a_save_may_take_as_long_as_the_watchdog_waits(background: bool, watchdo
     assert "takes about 35 min" in row.seen
     if status == "red":
         assert "train.watchdog_seconds 1800 ends a run that waits longer" in row.seen
-        assert "set train.watchdog_seconds above 2,086" in row.remedy
+        assert "set train.watchdog_seconds above 2,086 (0: no limit)" in row.remedy
 
 
 def test_free_space_against_the_checkpoints_that_are_kept() -> None:
