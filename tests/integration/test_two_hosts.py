@@ -88,9 +88,10 @@ def test_a_rank_killed_on_the_far_host_ends_the_job_on_both_which_says_who_it_wa
     run_dir = tmp_path / "run"
     job = hosts.deepspeed(
         "t2i/train.py", recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", run_dir,
-        "--train.steps", "100000", "--train.save-every", "100000", "--train.sample-every", "0", "--train.judge-every", "0",
+        "--train.steps", "100000", "--train.save-every", "100000", "--train.sample-every", "0", "--eval.geneval-every", "0",
     )  # fmt: skip
     assert wait_for(lambda: has_rows(run_dir, STEPS) or job.process.poll() is not None, RUN_SECONDS), job.said()
+    assert job.process.poll() is None, job.said()
     killed = pid_of(run_dir, 1)  # by its own count
     hosts.second.run("sh", "-c", f"kill -KILL {killed}")
     emptied = wait_for(lambda: not any(host.processes() for host in hosts.hosts), 30)
