@@ -143,7 +143,9 @@ def make_gallery(models: Sequence[Results], side: int = LARGEST_SIDE, progress: 
         ),
         missing=tuple(
             tuple(
-                f"{file} ({copy.problem})" for (owner, file), copy in copies.items() if owner == number and copy.problem
+                f"{file} ({copy.problem})"
+                for (who, file), copy in sorted(copies.items(), key=lambda item: item[0])
+                if who == number and copy.problem
             )
             for number in range(len(models))
         ),
