@@ -148,12 +148,30 @@ def _end_damage(stream: BinaryIO, offset: int, size: int, error_text: str) -> Da
     if len(block) < _BLOCK:
         return Damage(TRUNCATED, f"ends at byte {size} without an end-of-archive mark")
     if any(block):
-        if error_text in _CUT_HEADERS:
+        if error_text in _CUT_HEADERS or _is_cut_extension(block, offset, size):
             return Damage(TRUNCATED, f"cut at byte {size} inside an extended header at byte {offset}")
         return Damage(CORRUPT, f"bad header at byte {offset} of {size}{': ' if error_text else ''}{error_text}")
     if not _only_zeros(stream, offset):
         return Damage(CORRUPT, f"more data after the end-of-archive mark at byte {offset} of {size}")
     return None
+
+
+def _is_cut_extension(block: bytes, offset: int, size: int) -> bool:
+    """Whether a header announces an extended one that goes beyond the end of the file, or has no header after it there. Early
+    versions of Python 3.11 say nothing of that."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except _HEADER_ERRORS:
+        return False
+    extended = header.type in (
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    )
+    blocks = -(-header.size // _BLOCK)
+    return extended and offset + (1 + blocks + 1) * _BLOCK > size
 
 
 def _only_zeros(stream: BinaryIO, offset: int) -> bool:

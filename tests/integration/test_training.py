@@ -66,7 +66,10 @@ def test_a_run_leaves_recipe_samples_and_whole_checkpoints(trained: Stage, recip
             marker = run_dir / "checkpoints" / f"step-{step:08d}" / "checkpoint.json"
             written = json.loads(marker.read_text())
             inputs = written.pop("inputs")
-            assert written == {"step": step, "ranks": 2, "stage": stage, "global_batch": 16, "averaged": True}
+            assert written == {
+                "step": step, "ranks": 2, "stage": stage, "global_batch": 16, "layout": ANY, "averaged": True,
+                "inspected": True, "unreadable": 0,
+            }  # fmt: skip
             assert inputs == {"data": ANY, "tokenizer": vq_sha256("shapes"), "text_encoder": None}
             assert (marker.parent / "recipe.json").read_bytes() == (run_dir / "recipe.json").read_bytes()
             assert (marker.parent / "spiece.model").read_bytes() == (run_dir / "spiece.model").read_bytes()

@@ -29,7 +29,7 @@ from .conftest import ROOT, environment
 
 PACKAGES = {
     "ip": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server", "pdsh": "pdsh",
-    "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "hostname": "hostname",
+    "unshare": "util-linux", "taskset": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "hostname": "hostname",
 }  # fmt: skip
 """The programs that this takes, and the Debian packages that they are in."""
 NAMES = ("host-a", "host-b")
@@ -221,12 +221,15 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 def _server(folder: Path, name: str, log: Path, stack: ExitStack) -> int:
     """Start a host; returns the pid of its SSH server, which `stack` ends."""
+    # A core of its own: ranks take as many threads as their host has cores for each, and sums depend on that.
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[NAMES.index(name) % len(cores)]
     begin = f"""set -e
         hostname {name}
         mount -t tmpfs tmpfs /run && mkdir /run/sshd
         mount -t tmpfs tmpfs /dev/shm
         mount --bind {shlex.quote(str(folder / "hosts"))} /etc/hosts
-        exec {shutil.which("sshd", path=_PATH)} -D -e -f {shlex.quote(str(folder / "sshd_config"))}"""
+        exec taskset -c {core} {shutil.which("sshd", path=_PATH)} -D -e -f {shlex.quote(str(folder / "sshd_config"))}"""
     with log.open("wb") as file:
         # setpriv: should this process be killed, so is unshare, and with it the host.
         outside = subprocess.Popen(
