@@ -113,7 +113,11 @@ class Monitor:
         stores = []
 
         def listen() -> bytes:
-            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SILENT_SECONDS))
+            # Even rank 0's own connection takes five seconds now and then, when many processes start at once.
+            store = TCPStore(
+                host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_SECONDS)
+            )
+            store.set_timeout(timedelta(seconds=SILENT_SECONDS))
             # What is there is answered at once; what is not would be waited for.
             store.set("verdict", "")
             for rank, key in enumerate(self._keys()):
