@@ -54,7 +54,7 @@ quickstart: $(INSTALLED)
 	done <<< "$$QUICKSTART"
 
 test: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -rs tests
 
 test-fast: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 python -m pytest tests -m "not slow"

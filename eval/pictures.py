@@ -7,9 +7,7 @@ A folder is one of three kinds: GenEval's published layout (`00000/metadata.json
 a `.txt` caption beside each, or just pictures, whose prompts may stand in a file of their own, in the order of the names.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,13 +17,13 @@ from PIL import Image
 from data_pipeline.images import IMAGE_SUFFIXES, open_rgb
 from data_pipeline.picture_folder import PictureFolder
 from data_pipeline.tables import TABLE_SUFFIXES, BadRow, read_table
+from eval.ahead import done_ahead
 from t2i.files import read_json
 
 __all__ = ["Found", "PictureSet", "Unreadable", "is_geneval_layout", "list_pictures", "read_ahead", "read_prompt_file"]
 
 Prepared = TypeVar("Prepared")
 
-READERS = 4  # threads that decode pictures
 PROMPT_FIELDS = ("prompt", "caption")
 
 
@@ -223,18 +221,7 @@ def read_ahead(
     paths: Iterable[Path], prepare: Callable[[Image.Image], Prepared], ahead: int = 32
 ) -> Iterator[Found[Prepared]]:
     """Each picture in order, decoded to RGB and prepared in threads, at most `ahead` of them before they are asked for."""
-    waiting: deque[Future[Found[Prepared]]] = deque()
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for number, path in enumerate(paths):
-                waiting.append(pool.submit(_read, number, path, prepare))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # who stops early does not wait for the rest
-            for future in waiting:
-                future.cancel()
+    return done_ahead(lambda numbered: _read(*numbered, prepare), enumerate(paths), ahead)
 
 
 def _read(number: int, path: Path, prepare: Callable[[Image.Image], Prepared]) -> Found[Prepared]:

@@ -59,14 +59,6 @@ class Rows:
         self._waiting.clear()
         self._warned = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Rows that are still waiting are lost, which is said."""
         self._file.close()

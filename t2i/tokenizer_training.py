@@ -10,6 +10,7 @@ error of pixels, and the codebook and commitment terms of VQ-VAE (van den Oord e
 Shape suffixes: B batch, C channels, D code dimension, H W picture, h w tokens, K codes, N positions (B·h·w).
 """
 
+import contextlib
 import json
 import math
 import time
@@ -242,7 +243,7 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = True) -> dict[st
     order = LaneOrder(0, len(trainer.shards) - config.validation, config.lanes, config.seed)
     with (
         BatchLoader(trainer.shards, order, config.batch, 0, 1, trainer.step, read_images, workers=1) as loader,
-        Rows(config.out / "metrics.jsonl", trainer.step) as metrics,
+        contextlib.closing(Rows(config.out / "metrics.jsonl", trainer.step)) as metrics,
         tqdm(total=config.steps, initial=trainer.step, desc="tokenizer", unit="step", disable=not progress) as bar,
     ):
         begun = time.perf_counter() - trainer.seconds

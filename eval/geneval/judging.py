@@ -1,8 +1,6 @@
 """From pictures to the lines of results.jsonl: detector, colours and rules over any number of pictures, in batches."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +11,7 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 from tqdm import tqdm
 
+from eval.ahead import done_ahead
 from eval.geneval.detections import Detection, Image
 from eval.geneval.detectors import ColorClassifier, Detector
 from eval.geneval.prompts import Metadata
@@ -22,7 +21,6 @@ __all__ = ["Picture", "batched", "judge_pictures", "judged", "read_picture", "re
 
 Item = TypeVar("Item")
 
-READERS = 4  # threads that decode pictures
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, PillowImage.DecompressionBombError)
 """What Pillow's readers make of missing, damaged and absurd files."""
 
@@ -62,18 +60,7 @@ def read_picture(path: Path, filename: str, metadata: Metadata) -> Picture:
 
 def read_pictures(files: Iterable[tuple[Path, str, Metadata]], ahead: int = 32) -> Iterator[Picture]:
     """Pictures of (path, filename, metadata) in order, at most `ahead` of them decoded before they are asked for."""
-    waiting: deque[Future[Picture]] = deque()
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for file in files:
-                waiting.append(pool.submit(read_picture, *file))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # who stops early does not wait for the rest
-            for future in waiting:
-                future.cancel()
+    return done_ahead(lambda file: read_picture(*file), files, ahead)
 
 
 def judged(

@@ -1,6 +1,7 @@
 import json
 import resource
 import signal
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +68,7 @@ def test_rows_stay_when_the_run_fails(tmp_path: Path) -> None:
 
 
 def test_rows_make_folder_and_file(tmp_path: Path) -> None:
-    with Rows(tmp_path / "a" / "rows.jsonl", 0) as rows:
+    with closing(Rows(tmp_path / "a" / "rows.jsonl", 0)) as rows:
         rows.add({"step": 1})
     assert (tmp_path / "a" / "rows.jsonl").read_text() == '{"step": 1}\n'
 
@@ -75,7 +76,7 @@ def test_rows_make_folder_and_file(tmp_path: Path) -> None:
 def test_damaged_lines_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\0\n[2]\n{"step": 2}\n{"step": 7}\n{"st')
-    with Rows(path, 3) as rows:
+    with closing(Rows(path, 3)) as rows:
         assert [row["step"] for row in rows.kept] == [1, 2]
         assert rows.last_step == 7
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -87,7 +88,7 @@ def test_rows_wait_where_there_is_no_room(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "rows.jsonl"
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with Rows(path, 0) as rows:
+        with closing(Rows(path, 0)) as rows:
             rows.add({"step": 1})
             resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
             rows.add({"step": 2})

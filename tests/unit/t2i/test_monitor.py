@@ -24,7 +24,7 @@ from t2i import liveness, monitor
 
 liveness.BEAT_SECONDS = monitor.BEAT_SECONDS = 0.2
 liveness.SILENT_SECONDS = monitor.SILENT_SECONDS = 4.0
-liveness.SILENT_AT_START_SECONDS = 20.0
+liveness.SILENT_AT_START_SECONDS = 12.0
 liveness.QUIET_SECONDS, liveness.SETTLE_SECONDS, liveness.ECHO_SECONDS = 1.5, 1.0, 3.0
 
 def reading_for_ever():

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
+from eval.ahead import READERS
 from eval.geneval.ceiling import ground_truth_pictures, reconstructed_pictures
 from eval.geneval.detections import Detection, Image
-from eval.geneval.judging import READERS, Picture, batched, judge_pictures, read_picture, read_pictures
+from eval.geneval.judging import Picture, batched, judge_pictures, read_picture, read_pictures
 from eval.geneval.prompts import shapes_prompts
 from eval.geneval.scoring import ScoringOptions
 
