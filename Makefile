@@ -54,7 +54,7 @@ quickstart: $(INSTALLED)
 	done <<< "$$QUICKSTART"
 
 test: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -rs tests
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -rsfE tests
 
 test-fast: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 python -m pytest tests -m "not slow"

@@ -75,13 +75,13 @@ def test_rows_make_folder_and_file(tmp_path: Path) -> None:
 
 def test_damaged_lines_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"step": 1}\n\0\0\0\n[2]\n{"step": 2}\n{"step": 7}\n{"st')
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n[2]\n{"loss": 1}\n{"step": 2}\n{"step": 7}\n{"st')
     with closing(Rows(path, 3)) as rows:
         assert [row["step"] for row in rows.kept] == [1, 2]
         assert rows.last_step == 7
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"{path}, line {line} is damaged and left out" for line in (2, 3)]
+    assert told == [f"{path}, line {line} is damaged and left out" for line in (2, 3, 4)]
 
 
 def test_rows_wait_where_there_is_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
