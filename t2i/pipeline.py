@@ -272,9 +272,11 @@ class TextToImagePipeline:
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Pictures of token grids, int64 [B, h, w] -> uint8 [B, H, W, 3]; of clips, [B, t, h, w] -> [B, t, H, W, 3]."""
-        if tokens.ndim == 4:  # each frame by itself, and one of all clips at a time, which takes the memory of pictures
-            return np.stack([self.decode(frame_Bhw) for frame_Bhw in tokens.unbind(1)], axis=1)
-        return tensor_to_images(self.tokenizer().decode(tokens))
+        # One at a time: convolutions of other batch sizes round otherwise, and a picture's pixels must not depend on what
+        # it was drawn with. Costs little beside the passes that drew the tokens, and takes less memory.
+        vq, grid = self.tokenizer(), tokens.shape[-2:]
+        frames = [tensor_to_images(vq.decode(frame_hw[None]))[0] for frame_hw in tokens.reshape(-1, *grid)]
+        return np.stack(frames).reshape(*tokens.shape[:-2], *frames[0].shape)
 
     def unfinished(self, tokens: Tensor) -> np.ndarray:
         """As `decode`, of tokens some of which are not drawn yet (-1); their places are grey."""
