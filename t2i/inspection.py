@@ -3,13 +3,12 @@
 Nothing is changed by it: the model trains on as if nobody had looked.
 """
 
-import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -25,8 +24,15 @@ from t2i.rank_log import Progress
 from t2i.text_encoder import TextEncoder
 from t2i.vq import VQModel, load_vq
 
+Result = TypeVar("Result")
 Judge = Callable[[TextToImagePipeline], dict[str, float]]
 """Scores of the pictures that a pipeline draws, by name."""
+
+
+class Failure(str):
+    """Why something that a run does not depend on could not be done."""
+
+    __slots__ = ()
 
 
 class Inspection:
@@ -93,52 +99,62 @@ class Inspection:
             total += loss * len(numbers)
         return self._engine.sum_over_ranks([total])[0] / count
 
-    @contextlib.contextmanager
-    def _drawing(self, step: int) -> Iterator[TextToImagePipeline | None]:
-        """The model as a pipeline on the first rank, None elsewhere, where the block's end waits for the first."""
+    def _of_pictures(
+        self, step: int, what: str, function: Callable[[TextToImagePipeline], Result]
+    ) -> Result | Failure | None:
+        """`function` of the model as a pipeline on the first rank, None elsewhere, where everybody waits for the first.
+
+        Nothing that it fails with ends the run, which does not depend on it: a GPU without room for a judge beside the
+        optimizer would else end it here again after every start.
+        """
         weights = self._engine.weights_on_first() if self._engine.stage == 3 else None
-        if not self._engine.runtime.is_first:
-            yield None
-        else:
+        result: Result | Failure | None = None
+        if self._engine.runtime.is_first:
             module = self._engine.module
-            if weights is not None:
-                # The model in training would wait for the other ranks to bring their parts, at every layer.
-                module = self._build().to(self._engine.dtype)
-                module.load_state_dict(weights)
-                module.to(self._engine.runtime.device)
             was_training = module.training
-            yield self.pipeline(module, step)
-            module.train(was_training)
-            if self._frozen_text_encoder is not None:
-                self._frozen_text_encoder.to("cpu")  # read once, and in nobody's way between two times
+            try:
+                if weights is not None:
+                    # The model in training would wait for the other ranks to bring their parts, at every layer.
+                    module = self._build().to(self._engine.dtype)
+                    module.load_state_dict(weights)
+                    module.to(self._engine.runtime.device)
+                result = function(self.pipeline(module, step))
+            except (OSError, RuntimeError, ValueError) as error:  # of memory: a RuntimeError
+                result = Failure(f"{type(error).__name__}: {error}".splitlines()[0])
+                print(f"\nstep {step}: {what} failed ({result}); going on", file=sys.stderr)
+            self._engine.module.train(was_training)
+            if (encoder := self.__dict__.get("_frozen_text_encoder")) is not None:
+                encoder.to("cpu")  # read once, and in nobody's way between two times
         self._engine.barrier()
+        return result
 
     def sample_grid(self, step: int) -> Path | None:
-        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere.
+        """Draw the recipe's sample prompts on the first rank; returns the path of the PNG there, None elsewhere or where it
+        could not be made.
 
         Clips are film strips, one below the other: their frames side by side.
         """
-        path = None
-        with self._drawing(step) as pipe:
-            if pipe is not None:
-                prompts, seed = self._prompts(), self._recipe.train.seed
-                grid = film_strips(pipe.clips(prompts, seed)) if pipe.draws_clips else picture_grid(pipe(prompts, seed))
-                path = self._recipe.run_dir / "samples" / f"step-{step:08d}.png"
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    grid.save(path)
-                except OSError as error:
-                    print(f"\nstep {step}: {path} cannot be written ({error})", file=sys.stderr)
-                    path = None
-        return path
 
-    def judged(self, step: int) -> dict[str, float]:
-        """What the judge says of the model's pictures, on the first rank; nothing elsewhere."""
-        with self._drawing(step) as pipe:
-            if pipe is None:
-                return {}
+        def draw(pipe: TextToImagePipeline) -> Path:
+            prompts, seed = self._prompts(), self._recipe.train.seed
+            grid = film_strips(pipe.clips(prompts, seed)) if pipe.draws_clips else picture_grid(pipe(prompts, seed))
+            path = self._recipe.run_dir / "samples" / f"step-{step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            return path
+
+        path = self._of_pictures(step, "drawing samples", draw)
+        return path if isinstance(path, Path) else None
+
+    def judged(self, step: int) -> dict[str, float | str]:
+        """What the judge says of the model's pictures, on the first rank, or why it could not; nothing elsewhere."""
+
+        def judge(pipe: TextToImagePipeline) -> dict[str, float | str]:
             assert self._judge is not None, "the first rank has no judge"
-            return self._judge(pipe)
+            return {**self._judge(pipe)}
+
+        scores = self._of_pictures(step, "judging pictures", judge)
+        return {"geneval_error": scores} if isinstance(scores, Failure) else scores or {}
 
     def _prompts(self) -> list[Any]:
         """The recipe's prompts, or eight conditions from the end of the set, which is kept for validation."""

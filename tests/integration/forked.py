@@ -4,9 +4,10 @@ One process imports everything once, and forks itself for each rank of each run,
 a run here are signals that are really sent and ranks that really die, so tests that need tens of runs take minutes.
 
 A scenario is a list of runs, each {"ranks", "arguments", "run_dir"} and what is to happen to it. "fault": one of `FAULTS`, on
-the last rank; "trouble": one of `TROUBLES`, there too. "kill": {"after": seconds since the first step, "who": "all" or "one"}.
-"signal_at": the step during which the last rank is told to save and end. The answer, a line of JSON: for every run its exit
-codes, in the order of the ranks, and how many seconds the other ranks outlived the first that died.
+the last rank; "trouble": one of `TROUBLES`, there too; those `OF_FIRST_RANK` on the first. "kill": {"after": seconds since the
+first step, "who": "all" or "one"}. "signal_at": the step during which the last rank is told to save and end. The answer, a
+line of JSON: for every run its exit codes, in the order of the ranks, and how many seconds the other ranks outlived the first
+that died.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import shard_set
+from eval import in_training
 from t2i import batches, checkpoint, checkpoint_writer, objective, train
 
 DEADLINE = 60.0
@@ -100,8 +102,8 @@ FAULTS: dict[str, Callable[[random.Random], None]] = {
     "removing old": lambda r: at_call(checkpoint.shutil, "rmtree", r.randrange(2)),
 }
 """Moments to die in, by name."""
-OF_FIRST_RANK = {"model shard", "before metadata", "after metadata", "removing old"}
-"""Those that only the first rank comes to."""
+OF_FIRST_RANK = {"model shard", "before metadata", "after metadata", "removing old", "judge without memory"}
+"""Those, and troubles, that only the first rank comes to."""
 
 
 def no_numbers(steps: tuple[int, ...]) -> None:
@@ -179,11 +181,21 @@ def full_file_system(first: int, last: int) -> None:
     checkpoint.Saver.begin = filling  # type: ignore[method-assign]
 
 
+def judge_without_memory() -> None:
+    """What a GPU has that is full of a model in training."""
+
+    def judge(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory\nand a trace of it")
+
+    in_training.judge_pictures = judge
+
+
 TROUBLES: dict[str, Callable[[], None]] = {
     "two steps without numbers": lambda: no_numbers((3, 5)),
     "two steps in a row without numbers": lambda: no_numbers((3, 4)),
     "full disk": lambda: full_disk(4),
     "full file system": lambda: full_file_system(4, 20),
+    "judge without memory": judge_without_memory,
     "late checkpoints": late_checkpoints,
     "reading for ever": lambda: at_reading(40, reading_for_ever),
     "stopped": lambda: at_reading(40, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
@@ -199,11 +211,11 @@ def _rank(rank: int, run: dict[str, Any], port: int, log: Path, seed: int) -> No
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    fault = run.get("fault")
+    fault, trouble = run.get("fault"), run.get("trouble")
     if fault is not None and rank == (0 if fault in OF_FIRST_RANK else ranks - 1):
         FAULTS[fault](random.Random(seed))
-    if run.get("trouble") is not None and rank == ranks - 1:
-        TROUBLES[run["trouble"]]()
+    if trouble is not None and rank == (0 if trouble in OF_FIRST_RANK else ranks - 1):
+        TROUBLES[trouble]()
     if run.get("signal_at") is not None and rank == ranks - 1:
         signal_in_step(run["signal_at"])
     sys.argv = ["t2i/train.py", *run["arguments"]]

@@ -132,6 +132,21 @@ def test_a_file_system_without_room_for_a_single_row(run: Entry, small_disk: Pat
     assert all("No space left" in error or "MiB left" in error for error in errors)
 
 
+def test_a_judge_that_fails_does_not_end_the_run(run: Entry, tmp_path: Path) -> None:
+    judged, failing = tmp_path / "judged", tmp_path / "failing"
+    often = ("--eval.geneval-every", "4", "--eval.per-task", "1")
+    trouble = "judge without memory"
+    answers = forked(tmp_path, [run(judged, 3, 2, *often), run(failing, 3, 2, *often, trouble=trouble)])
+    log = (tmp_path / "scenario.log").read_text()
+    assert [answer["codes"] for answer in answers] == [[0, 0], [0, 0]], log
+    assert [row["step"] for row in rows(judged) if "geneval_shapes/counting" in row] == [4, 8]
+    errors = [{"step": step, "geneval_error": "RuntimeError: out of memory"} for step in (4, 8)]
+    assert [row for row in rows(failing) if "geneval_error" in row] == errors
+    assert "step 4: judging pictures failed (RuntimeError: out of memory); going on" in log
+    assert losses(failing) == losses(judged)
+    assert [one.info.step for one in checkpoints(failing)] == [4, 8]
+
+
 def test_all_ranks_go_on_from_the_same_checkpoint(run: Entry, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     answers = forked(
