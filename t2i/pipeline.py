@@ -31,6 +31,7 @@ from t2i.files import load_weights, read_json
 from t2i.model import NAR
 from t2i.sampling import Callback, generate
 from t2i.text_encoder import TextEncoder, pad_left
+from t2i.threads import one_thread_each
 from t2i.vq import VQModel, images_to_tensor, tensor_to_images
 from t2i.wavefronts import wavefront_sizes
 from t2i.zipar import generate_zipar, passes_needed
@@ -269,14 +270,19 @@ class TextToImagePipeline:
             states, mask = pad_left(real, self.model.config.max_condition)
         return states.to(self.model.tokens.weight.dtype), mask
 
-    @torch.inference_mode()
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Pictures of token grids, int64 [B, h, w] -> uint8 [B, H, W, 3]; of clips, [B, t, h, w] -> [B, t, H, W, 3]."""
-        # One at a time: convolutions of other batch sizes round otherwise, and a picture's pixels must not depend on what
-        # it was drawn with. Costs little beside the passes that drew the tokens, and takes less memory.
-        vq, grid = self.tokenizer(), tokens.shape[-2:]
-        frames = [tensor_to_images(vq.decode(frame_hw[None]))[0] for frame_hw in tokens.reshape(-1, *grid)]
-        return np.stack(frames).reshape(*tokens.shape[:-2], *frames[0].shape)
+        vq = self.tokenizer()
+
+        @torch.inference_mode()
+        def picture(tokens_hw: Tensor) -> np.ndarray:
+            return tensor_to_images(vq.decode(tokens_hw[None]))[0]
+
+        # One by one: other batch sizes and numbers of threads round otherwise, and a picture's pixels must not depend on
+        # what it was drawn with, nor on how many ranks share a host. Costs little beside the passes that drew the tokens.
+        frames = tokens.reshape(-1, *tokens.shape[-2:]).unbind()
+        pictures = one_thread_each(picture, frames) if tokens.device.type == "cpu" else [*map(picture, frames)]
+        return np.stack(pictures).reshape(*tokens.shape[:-2], *pictures[0].shape)
 
     def unfinished(self, tokens: Tensor) -> np.ndarray:
         """As `decode`, of tokens some of which are not drawn yet (-1); their places are grey."""

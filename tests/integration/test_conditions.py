@@ -64,7 +64,6 @@ def test_stored_states_of_a_frozen_encoder(data: Path, tmp_path: Path) -> None:
     train_sentencepiece(["a photo of a red circle", "two blue stars"], 280, tmp_path / "spiece.model")
     config = TextEncoderConfig(vocab_size=280, dim=32, n_layer=1, n_head=2, ffn_dim=16, max_length=48)
     TextEncoder.from_config(config, tmp_path / "spiece.model").save_pretrained(tmp_path / "t5")
-    threads = torch.get_num_threads()
     encode(
         data.parent / "raw",
         tmp_path / "encoded",
@@ -73,7 +72,6 @@ def test_stored_states_of_a_frozen_encoder(data: Path, tmp_path: Path) -> None:
         text_encoder=str(tmp_path / "t5"),
         device="cpu",
     )
-    torch.set_num_threads(threads)
     small = small_recipe(tmp_path / "encoded")
     recipe = replace(
         small,

@@ -11,11 +11,6 @@ from t2i.text_encoder import TextEncoder, TextEncoderConfig, text_encoder_sha256
 from t2i.vq import VQConfig, VQModel, images_to_tensor, load_vq, vq_sha256
 
 
-@pytest.fixture(autouse=True)
-def own_threads() -> None:
-    """Encoding takes all cores; other tests get them back."""
-
-
 def test_codes_are_those_of_the_tokenizer_in_order(raw_shapes: Path, encoded_shapes: Path) -> None:
     raw, encoded = ShardSet(raw_shapes), ShardSet(encoded_shapes)
     assert len(encoded) == len(raw) == 96
@@ -50,12 +45,10 @@ def test_text_states_are_those_of_each_caption_alone(raw_shapes: Path, tmp_path:
     VQModel(
         VQConfig(base_channels=8, channel_multipliers=(1, 1, 1), z_channels=8, codebook_size=16, norm_groups=4)
     ).save(tmp_path / "vq")
-    threads = torch.get_num_threads()
     manifest = encode(
         raw_shapes, tmp_path / "out", tokenizer=str(tmp_path / "vq"), image_size=16, text_encoder=str(tmp_path / "t5"),
         batch_size=32, device="cpu",
     )  # fmt: skip
-    torch.set_num_threads(threads)
     assert manifest is not None
     assert manifest.encoding is not None
     assert manifest.encoding["text_encoder_sha256"] == text_encoder_sha256(tmp_path / "t5")
@@ -85,14 +78,12 @@ def test_clips_are_encoded_frame_by_frame(raw_clips: Path, encoded_clips: Path) 
 def test_each_rank_encodes_its_shards_and_the_last_one_the_manifest(
     raw_shapes: Path, encoded_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = torch.get_num_threads()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert encode(raw_shapes, tmp_path, tokenizer="shapes", image_size=64, batch_size=16, device="cpu") is None
     assert [path.name for path in tmp_path.glob("*.tar")] == ["shapes-000001.tar"]
     monkeypatch.setenv("RANK", "0")
     manifest = encode(raw_shapes, tmp_path, tokenizer="shapes", image_size=64, batch_size=16, device="cpu")
-    torch.set_num_threads(threads)
     assert manifest == load_manifest(encoded_shapes)
 
 

@@ -109,13 +109,16 @@ def test_tokens_are_those_that_a_call_makes_pictures_of(pipe: TextToImagePipelin
     assert torch.equal(tokens[1:], pipe.tokens(PROMPTS[1], seeds=[6]))
 
 
-def test_pixels_do_not_depend_on_the_batch(pipe: TextToImagePipeline) -> None:
-    # Enough pictures that rounding of another batch size would reach one of their bytes: it did in 1 to 9 of 36.
+def test_pixels_do_not_depend_on_batch_and_threads(pipe: TextToImagePipeline) -> None:
+    # Enough pictures that another rounding would reach one of their bytes: it did in 1 to 9 of 36.
     pipe.vq = load_vq("shapes")
     tokens = torch.randint(0, 512, (150, 8, 8), generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(1)
     whole = pipe.decode(tokens)
-    for size in (1, 5, 64):
+    for size, count in ((1, 1), (5, 3), (64, 2)):
+        torch.set_num_threads(count)
         np.testing.assert_array_equal(np.concatenate([pipe.decode(part) for part in tokens.split(size)]), whole)
+        assert torch.get_num_threads() == count
 
 
 def test_a_pipeline_without_a_tokenizer_draws_tokens_alone(class_pipe: TextToImagePipeline, tmp_path: Path) -> None:
