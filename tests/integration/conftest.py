@@ -1,10 +1,12 @@
 """One small data set and a few real training runs through the launcher, shared by all integration tests.
 
-A two-rank run takes about 20 s, most of it imports, so runs are made once a session and tests look at what they left.
+A two-rank run takes about 20 s, most of it imports, so runs are made once, whichever of the processes that share the tests
+needs them first, and tests look at what they left.
 """
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from t2i.config import DataConfig, EvalConfig, Recipe, TrainConfig, to_json
 from t2i.recipes import shapes_tiny
@@ -103,6 +106,13 @@ def forked(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]
 
 
+def again(folder: Path, run_dir: Path, *arguments: str | Path, **more: Any) -> list[int]:
+    """Exit codes of one run of two ranks through `forked`, whose files go to a folder."""
+    run = {"ranks": 2, "arguments": [str(argument) for argument in arguments], "run_dir": str(run_dir), **more}
+    (answer,) = forked(folder, [run])
+    return list(answer["codes"])
+
+
 Entry = Callable[..., dict[str, Any]]
 """entry(run_dir, stage, ranks, options..., what is to happen) -> a run of a scenario; the global batch stays the same."""
 
@@ -126,17 +136,41 @@ def entries(recipe: Recipe, folder: Path) -> Entry:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one folder of all processes that share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, which the first of several processes makes while the others wait."""
+    with FileLock(folder.with_suffix(".lock")):
+        whole = folder.with_suffix(".whole")
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process whose `make` has failed
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(shared: Path) -> Path:
     """Shapes pictures made, indexed and encoded by the command line."""
-    folder = tmp_path_factory.mktemp("data")
-    for command in (
-        ("data", "shapes", "--out", folder / "raw", "--samples", str(SAMPLES), "--shard-size", "200", "--workers", "1"),
-        ("data", "index", folder / "raw"),
-        ("encode", folder / "raw", "--out", folder / "encoded", "--image-size", "64", "--tokenizer", "shapes"),
-    ):
-        done = t2i(*command)
-        assert done.returncode == 0, done.stderr
-    return folder / "encoded"
+
+    def make(folder: Path) -> None:
+        raw = folder / "raw"
+        for command in (
+            ("data", "shapes", "--out", raw, "--samples", str(SAMPLES), "--shard-size", "200", "--workers", "1"),
+            ("data", "index", raw),
+            ("encode", raw, "--out", folder / "encoded", "--image-size", "64", "--tokenizer", "shapes"),
+        ):
+            done = t2i(*command)
+            assert done.returncode == 0, done.stderr
+
+    return once(shared / "data", make) / "encoded"
 
 
 def small_recipe(data: Path) -> Recipe:
@@ -184,18 +218,18 @@ def deepspeed_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int]
 
 
 @pytest.fixture(scope="session")
-def trained(
-    recipe_file: Path, deepspeed_config: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
-    """trained(stage) -> folder of an uninterrupted run of two ranks at that ZeRO stage."""
-    done: dict[int, Path] = {}
+def trained(recipe_file: Path, deepspeed_config: Callable[[int], Path], shared: Path) -> Callable[[int], Path]:
+    """trained(stage) -> folder of an uninterrupted run of two ranks at that ZeRO stage; of stage 2 by the launcher."""
 
     def train(stage: int) -> Path:
-        if stage not in done:
-            run_dir = tmp_path_factory.mktemp("runs") / f"zero{stage}"
-            run = launch(recipe_file, "--deepspeed_config", deepspeed_config(stage), "--run-dir", run_dir)
-            assert run.returncode == 0, run.stdout + run.stderr
-            done[stage] = run_dir
-        return done[stage]
+        def make(folder: Path) -> None:
+            arguments = [recipe_file, "--deepspeed_config", deepspeed_config(stage), "--run-dir", folder / "run"]
+            if stage == 2:
+                run = launch(*arguments)
+                assert run.returncode == 0, run.stdout + run.stderr
+            else:
+                assert again(folder, folder / "run", *arguments) == [0, 0], (folder / "scenario.log").read_text()
+
+        return once(shared / f"zero{stage}", make) / "run"
 
     return train

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, which every engine imports, and all of torch's compiler with it
+
 from data_pipeline import shard_set
 from eval import in_training
 from t2i import batches, checkpoint, checkpoint_writer, objective, train
@@ -92,11 +94,11 @@ def signal_in_step(step: int) -> None:
 
 
 FAULTS: dict[str, Callable[[random.Random], None]] = {
-    "reading": lambda r: at_call(shard_set.ShardSet, "_sample", r.randrange(1, 120)),
-    "forward": lambda r: at_call(objective.TrainingModel, "forward", r.randrange(20)),
-    "after forward": lambda r: at_call(objective.TrainingModel, "forward", r.randrange(20), before=False),
-    "model shard": lambda r: in_file("model_states", r.randrange(30)),
-    "optimizer shard": lambda r: in_file("optim_states", r.randrange(30)),
+    "reading": lambda r: at_call(shard_set.ShardSet, "_sample", r.randrange(1, 50)),
+    "forward": lambda r: at_call(objective.TrainingModel, "forward", r.randrange(10)),
+    "after forward": lambda r: at_call(objective.TrainingModel, "forward", r.randrange(10), before=False),
+    "model shard": lambda r: in_file("model_states", r.randrange(15)),
+    "optimizer shard": lambda r: in_file("optim_states", r.randrange(15)),
     "before metadata": lambda r: in_metadata(after=False),
     "after metadata": lambda r: in_metadata(after=True),
     "removing old": lambda r: at_call(checkpoint.shutil, "rmtree", r.randrange(2)),

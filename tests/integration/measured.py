@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, as in `forked`
 import torch
 
 from t2i.config import ModelConfig, Recipe, from_json

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.geneval_text import TAGS
 from t2i.checkpoint import checkpoints
 from t2i.config import Recipe, from_json
 from t2i.export import merged_weights
 from t2i.vq import vq_sha256
 
-from .conftest import ROOT, STEPS, TIMEOUT, environment, execute, free_port, launch, losses, results, rows
+from .conftest import ROOT, STEPS, TIMEOUT, again, environment, execute, free_port, losses, results, rows
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +44,13 @@ def test_zero_1_2_and_3_give_the_same_losses(trained: Stage) -> None:
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
             for key in ("loss", "val_loss"):
                 assert row.get(key, 0) == pytest.approx(expected.get(key, 0), rel=0, abs=1e-5)
+
+
+def test_scores_are_made_and_logged_at_the_last_step(trained: Stage) -> None:
+    scored = [row for row in rows(trained(3)) if any(name.startswith("geneval") for name in row)]
+    assert [row["step"] for row in scored] == [STEPS]
+    assert set(scored[0]) == {"step", "geneval_shapes/overall", *(f"geneval_shapes/{tag}" for tag in TAGS)}
+    assert all(0 <= value <= 1 for name, value in scored[0].items() if name != "step")
 
 
 def test_the_loss_falls_from_that_of_a_uniform_guess(trained: Stage) -> None:
@@ -87,8 +95,8 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(
         path.write_bytes(b"cut off")
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 9, "lo')
-    done = launch(recipe_file, "--deepspeed_config", deepspeed_config(3), "--run-dir", run_dir)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = [recipe_file, "--deepspeed_config", deepspeed_config(3), "--run-dir", run_dir]
+    assert again(tmp_path, run_dir, *options) == [0, 0], (tmp_path / "scenario.log").read_text()
     assert results(run_dir) == results(whole)  # bit for bit, and no step twice
     assert_same_weights(run_dir, whole)
     assert (unfinished / "checkpoint.json").is_file()
@@ -96,9 +104,8 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(
     assert [row["samples_per_s"] for row in rows(run_dir)[:4]] == [row["samples_per_s"] for row in rows(whole)[:4]]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
 def test_a_signal_saves_and_the_same_command_goes_on(
-    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path, signum: signal.Signals
+    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     options = [recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", run_dir]
@@ -116,7 +123,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             assert time.monotonic() < limit, "no training within the time"
             assert ranks[0].poll() is None, ranks[0].stderr.read()
             time.sleep(0.005)
-        ranks[0].send_signal(signum)  # to one rank: the other one has to hear of it
+        ranks[0].send_signal(signal.SIGINT)  # to one rank: the other one has to hear of it
         errors = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
     finally:
         for rank in ranks:
@@ -128,8 +135,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert 1 <= step < STEPS
     assert losses(run_dir) == losses(trained(2))[:step]
 
-    done = launch(*options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert again(tmp_path, run_dir, *options) == [0, 0], (tmp_path / "scenario.log").read_text()
     assert results(run_dir) == results(trained(2))
     assert_same_weights(run_dir, trained(2))
 
