@@ -18,7 +18,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from eval.geneval.clip_colors import find_clip
 from eval.inception import Inception
 from eval.pictures import PictureSet, list_pictures, read_prompt_file
 from eval.reference import ReferenceOptions, counted, read_reference
+from eval.versions import installed
 from t2i.devices import choose_device
 from t2i.files import read_json
 
@@ -145,7 +145,7 @@ def evaluate(
         of_tag = None if scorer.weights.pretrained is None else clip.pretrained
         document["clip"] = {**asdict(clip), "pretrained": of_tag, **document["clip"]}
     document["device"] = str(where)
-    document["versions"] = {name: _version(name) for name in LIBRARIES}
+    document["versions"] = {name: installed(name) for name in LIBRARIES}
     document["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     document["out"] = None if out is None else str(out)
     if out is not None:
@@ -236,10 +236,3 @@ def _clip(
         for number, index, cosine in zip(found.numbers, prompt_of_K, cosines_K, strict=True)
     ]
     return document, rows
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return None

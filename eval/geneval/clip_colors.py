@@ -15,6 +15,7 @@ Source: GenEval, evaluation/evaluate_images.py (ImageCrops, color_classification
 Published numbers were taken under autocast; here everything is float32.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,21 @@ class ClipWeights:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> str:
-        """Of the files, in hexadecimal."""
-        return files_sha256(self.files[0].parent, self.files)
+        """Of the file, or of names and contents of a folder's, in hexadecimal."""
+        if self.pretrained is None:
+            return files_sha256(self.files[0].parent, self.files)
+        with open(self.pretrained, "rb") as stream:  # whatever it is called: caches and people do not agree
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What colours depend on, for JSON: the same wherever the files lie."""
+        return {
+            # A folder's architecture is in its files.
+            "arch": None if self.pretrained is None else self.arch,
+            "quick_gelu": self.quick_gelu,
+            "preprocessing": dict(self.preprocessing),
+            "sha256": self.sha256(),
+        }
 
 
 def find_clip(arch: str, pretrained: str, quick_gelu: bool | None = None) -> ClipWeights:

@@ -264,6 +264,7 @@ def _gathered(
         "judge": judge.name,
         "judged_at": judged_at.isoformat(timespec="seconds"),
         "made_from": dict(judge.made_from),
+        "judge_files": dict(judge.files),
         "prompts": len(shown),
         "prompts_without_pictures": [prompt.number for prompt in prompts if not prompt.files],
         "prompts_by_pictures": {str(n): count for n, count in sorted(Counter(len(p.files) for p in shown).items())},

@@ -1,9 +1,12 @@
 """Scoring of folders in the published layout: the whole path on loaded models, ranks, resuming, odd folders."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -149,7 +152,9 @@ def test_summary_json_says_what_the_verdicts_depend_on(whole: tuple[Path, Scores
     document = json.loads((out / "summary.json").read_text())
     assert (document["judge"], document["prompts"], document["prompts_by_pictures"]) == ("mask2former", 12, {"2": 12})
     made_from = document["made_from"]
-    assert made_from["clip"]["arch"] == f"local-dir:{small_clip}"
+    assert document["judge_files"]["clip"] == f"local-dir:{small_clip}"
+    assert made_from["libraries"]["torch"] == ".".join(version("torch").split(".")[:2])
+    assert {"numpy", "pillow", "transformers", "open-clip-torch", "torchvision"} < made_from["libraries"].keys()
     assert made_from["scoring"]["threshold"] == 0.02
     assert made_from["scoring"]["max_objects"] == 16
     assert document["scores"]["overall"]["images"] == 24
@@ -177,6 +182,75 @@ def test_ranks_and_batches_change_nothing(
         assert mine.keys() == others.keys()
         for name in mine:
             np.testing.assert_allclose(sorted(mine[name]), sorted(others[name]), atol=2e-4)
+
+
+def test_ranks_on_hosts_with_weights_in_other_places_share_the_work(
+    images: Path, neural: MakeJudge, small_detector: Path, small_clip: Path, tmp_path: Path
+) -> None:
+    """As with caches in other folders, a trailing slash, and files that no judge reads."""
+    detector, clip = tmp_path / "cache" / "detector", tmp_path / "cache" / "clip"
+    shutil.copytree(small_detector, detector)
+    shutil.copytree(small_clip, clip)
+    (detector / "notes.json").write_text("{}")
+    there = neural(detector=f"{detector}/", clip=f"local-dir:{clip}/")
+    prompts = list_pictures(images)
+    assert score_pictures(prompts, tmp_path / "out", neural(), ranks=Ranks(0, 2), progress=False) is None
+    scores = score_pictures(prompts, tmp_path / "out", there, ranks=Ranks(1, 2), progress=False)
+    assert scores is not None
+    assert len(scores.rows) == 24
+    assert scores.document["judge_files"]["detector"] == f"{detector}/"
+    one = neural(detector=f"{small_detector}/")
+    nothing = counting(one)
+    assert score_pictures(prompts, tmp_path / "out", one, progress=False) is not None
+    assert nothing.pictures == 0
+
+
+def test_a_file_of_weights_is_known_by_its_content(neural: MakeJudge, tmp_path: Path) -> None:
+    made = []
+    for name, content in (("a/one.pt", b"weights"), ("b/other.pt", b"weights"), ("c/one.pt", b"others")):
+        file = tmp_path / name
+        file.parent.mkdir()
+        file.write_bytes(content)
+        made.append(neural(clip="ViT-B-32", clip_pretrained=str(file)).made_from)
+    assert made[0] == made[1] != made[2]
+    other = neural(clip="ViT-L-14", clip_pretrained=str(tmp_path / "a/one.pt")).made_from
+    assert other != made[0]
+    gelu = neural(clip="ViT-B-32", clip_pretrained=str(tmp_path / "a/one.pt"), clip_quick_gelu=False).made_from
+    assert gelu != made[0]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "eval.geneval.judging",
+        "eval.geneval.detections",
+        "eval.geneval.scoring",
+        "eval.geneval.prompts",
+        "data_pipeline.images",
+    ],
+)
+def test_other_code_on_the_way_of_a_picture_judges_anew(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shapes_judge().made_from
+    source = inspect.getsource
+
+    def changed(of: ModuleType) -> str:
+        return source(of) + "# changed\n" * (of.__name__ == module)
+
+    monkeypatch.setattr("inspect.getsource", changed)
+    after = shapes_judge().made_from
+    assert after["code"] != before["code"]
+    assert {**after, "code": None} == {**before, "code": None}
+
+
+def test_other_libraries_judge_anew(neural: MakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, shapes_before = neural().made_from, shapes_judge().made_from
+    monkeypatch.setattr(
+        "eval.versions.version", lambda name: {"torch": "2.99.1+cpu", "pillow": "99.0"}.get(name, version(name))
+    )
+    after = neural().made_from
+    assert after["libraries"] == {**before["libraries"], "torch": "2.99", "pillow": "99.0"}
+    assert shapes_judge().made_from["libraries"] == {**shapes_before["libraries"], "pillow": "99.0"}
+    assert "open-clip-torch" not in neural(needs_colors=False).made_from["libraries"]
 
 
 class Counting:
