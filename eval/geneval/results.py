@@ -15,7 +15,8 @@ from typing import Any
 
 from data_pipeline.geneval_text import TAGS
 from eval.files import read_jsonl
-from eval.geneval.statistics import Interval, Summary, TaskScore, summarize
+from eval.geneval.intervals import Interval
+from eval.geneval.statistics import Summary, TaskScore, summarize
 
 __all__ = ["Found", "Judged", "Results", "Source", "read_results"]
 
