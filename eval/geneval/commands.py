@@ -109,7 +109,7 @@ def geneval_score(
     from rich.console import Console
 
     from eval.geneval.judges import load_judge
-    from eval.geneval.score import list_pictures, score_pictures, write_summary
+    from eval.geneval.score import list_pictures, missing_prompts, score_pictures, unfinished, write_summary
     from eval.geneval.statistics import score_table
 
     ranks = _ranks()
@@ -120,7 +120,7 @@ def geneval_score(
         prompts, out, judging, ranks=ranks, batch_size=batch_size, more={"images": str(images)}
     )  # fmt: skip
     if scores is None:
-        print(_unfinished(ranks, out), file=sys.stderr if json else sys.stdout)
+        print(unfinished(ranks, out, missing_prompts(prompts, out, judging)), file=sys.stderr if json else sys.stdout)
         return
     write_summary(scores, out)
     if json:
@@ -191,13 +191,11 @@ def geneval_run(
     from eval.geneval.run import run_geneval
 
     ranks, folder = _ranks(), out or export / "geneval"
-    summary = run_geneval(
+    run_geneval(
         export, folder, judge=judge, per_task=per_task, images_per_prompt=images_per_prompt, batch_size=batch_size,
         judge_batch_size=judge_batch_size, run_dir=run_dir, seed=seed, judge_options=options, sampling=sampling,
         device=device, ranks=ranks,
     )  # fmt: skip
-    if summary is None:
-        print(_unfinished(ranks, folder))
 
 
 def _ranks() -> Ranks:
@@ -210,7 +208,3 @@ def _ranks() -> Ranks:
 
         torch.set_num_threads(cores_per_rank())
     return ranks
-
-
-def _unfinished(ranks: Ranks, out: Path) -> str:
-    return f"rank {ranks.rank} of {ranks.ranks} has finished its share; the last rank to finish writes {out}"

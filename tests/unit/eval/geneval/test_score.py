@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from eval.geneval.detectors import Detector
 from eval.geneval.judges import Judge, load_judge
 from eval.geneval.options import JudgeOptions
 from eval.geneval.prompts import coco_prompts, shapes_prompts
-from eval.geneval.score import Scores, list_pictures, score_pictures, write_summary
+from eval.geneval.score import Scores, list_pictures, missing_prompts, score_pictures, unfinished, write_summary
 from eval.ranks import Ranks
 
 PUBLISHED_FIELDS = ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
@@ -338,6 +339,50 @@ def test_changed_pictures_and_other_thresholds_are_judged_again(drawn: Path, tmp
     assert everything.pictures == 36
     assert third is not None
     assert third.summary["single_object"].correct == 0
+
+
+def test_results_of_an_earlier_call_do_not_stand_for_one_that_was_cut_off(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, prompts = tmp_path / "out", list_pictures(drawn)
+    first = score_pictures(prompts, out, shapes_judge(), progress=False)
+    assert first is not None
+    write_summary(first, out)
+    assert (
+        json.loads((out / "summary.json").read_text())["results_sha256"]
+        == sha256((out / "results.jsonl").read_bytes()).hexdigest()
+    )
+    before = {name: (out / name).read_bytes() for name in ("results.jsonl", "summary.json")}
+    capsys.readouterr()
+    assert score_pictures(prompts, out, shapes_judge(threshold=0.9), ranks=Ranks(0, 2), progress=False) is None
+    assert not {name for name in before if (out / name).exists()}
+    assert "results.jsonl, summary.json in" in capsys.readouterr().err
+    assert missing_prompts(prompts, out, shapes_judge(threshold=0.9)) == 6
+    # Their verdicts are kept: they are back at once, and stay as long as nothing else is asked for.
+    judge = shapes_judge()
+    nothing = counting(judge)
+    again = score_pictures(prompts, out, judge, progress=False)
+    assert again is not None
+    assert (nothing.pictures, again.rows) == (0, first.rows)
+    write_summary(again, out)
+    assert score_pictures(prompts, out, shapes_judge(), progress=False) is not None
+    assert (out / "summary.json").exists()
+    # Fewer pictures, all of them judged: the summary goes before other results come.
+    assert score_pictures(list_pictures(drawn)[:5], out, shapes_judge(), progress=False) is not None
+    assert not (out / "summary.json").exists()
+    # And a picture that is replaced while the call is cut off.
+    Image.new("RGB", (64, 64)).save(drawn / "00002/samples/0001.png")
+    cut = shapes_judge()
+    counting(cut, stop_after=0)
+    with pytest.raises(KeyboardInterrupt):
+        score_pictures(list_pictures(drawn), out, cut, progress=False)
+    assert not (out / "results.jsonl").exists()
+
+
+def test_who_has_finished_says_how_much_is_missing(tmp_path: Path) -> None:
+    assert "rank 1 of 3 has finished its share; 7 prompts have no verdicts yet" in unfinished(Ranks(1, 3), tmp_path, 7)
+    with pytest.raises(ValueError, match="pictures of 2 prompts changed while they were judged; run the same command"):
+        unfinished(Ranks(), tmp_path, 2)
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_counted(drawn: Path, tmp_path: Path) -> None:
