@@ -67,6 +67,8 @@ class Scores:
     def remarks(self) -> list[str]:
         """A line each about what is not as it is in the published evaluation, where every prompt has as many pictures."""
         lines = []
+        if tags := self.summary.missing:
+            lines.append(f"{self.summary.overall_name}: the mean of what is there, without {', '.join(tags)}")
         if numbers := self.document["prompts_without_pictures"]:
             lines.append(f"{len(numbers)} prompts have no pictures and are not in the scores: {_some(numbers)}")
         if len(counts := self.document["prompts_by_pictures"]) > 1:
@@ -249,6 +251,7 @@ def _gathered(
         "prompts": len(shown),
         "prompts_without_pictures": [prompt.number for prompt in prompts if not prompt.files],
         "prompts_by_pictures": {str(n): count for n, count in sorted(Counter(len(p.files) for p in shown).items())},
+        "tasks_missing": list(summary.missing),
         "unreadable": [row["filename"] for row in rows if row.get("unreadable")],
         "results_sha256": hashlib.sha256(lines).hexdigest(),
         "scores": summary.to_json(),

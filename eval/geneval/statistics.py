@@ -18,7 +18,7 @@ from rich.table import Table
 from data_pipeline.geneval_text import TAGS
 from eval.geneval.intervals import Interval, mean_interval, percentiles, share_interval, share_replicates
 
-__all__ = ["Difference", "Summary", "TaskScore", "paired_difference", "score_table", "summarize"]
+__all__ = ["Difference", "Summary", "TaskScore", "overall_name", "paired_difference", "score_table", "summarize"]
 
 FEWEST_DIFFERING = 6
 """Prompts on which two models must differ before they are told apart.
@@ -51,6 +51,11 @@ class TaskScore:
     per_prompt: Interval
 
 
+def overall_name(tasks: int) -> str:
+    """What the mean of so many tasks is called: "overall" alone is that of all six."""
+    return "overall" if tasks == len(TAGS) else f"overall ({tasks} of {len(TAGS)} tasks)"
+
+
 @dataclass(frozen=True)
 class Summary:
     """The scores of one set of results: its tasks in GenEval's order, and overall as the mean of the tasks."""
@@ -68,6 +73,16 @@ class Summary:
     def tags(self) -> tuple[str, ...]:
         """The tasks that have results, and 'overall'."""
         return tuple(score.tag for score in (*self.tasks, self.overall))
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The tasks that have none."""
+        return tuple(tag for tag in TAGS if tag not in self.tags)
+
+    @property
+    def overall_name(self) -> str:
+        """What the overall score is called: "overall (1 of 6 tasks)" where it is not of all."""
+        return overall_name(len(self.tasks))
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers, for `json.dumps`."""
@@ -222,7 +237,8 @@ def score_table(summary: Summary, ceilings: Mapping[str, Summary] | None = None,
             table.add_section()
         # Beside ceilings there is no room for another interval on a line of 80 characters.
         any_right = f"{score.per_prompt.value:.3f}" if ceilings else str(score.per_prompt)
-        cells = [score.tag, f"{score.correct}/{score.images}", str(score.per_image), any_right]
+        name = summary.overall_name.replace(" (", "\n(") if is_overall else score.tag
+        cells = [name, f"{score.correct}/{score.images}", str(score.per_image), any_right]
         for ceiling in ceilings.values():
             cells.append(f"{ceiling[score.tag].per_image.value:.3f}" if score.tag in ceiling.tags else "-")
         table.add_row(*cells, style="bold" if is_overall else None)

@@ -199,7 +199,7 @@ def test_run_on_ranks_with_the_shapes_judge_and_options(
 ) -> None:
     arguments = ["run", export, "--per-task", "1", "--images-per-prompt", "2", "--temperature", "0.5", "--seed", "3"]
     assert call(*arguments, "--out", tmp_path / "out", rank=(0, 2)) == 0
-    assert "rank 0 of 2 has finished its share; 6 prompts have no verdicts yet" in capsys.readouterr().out
+    assert "rank 0 of 2 has finished its share; 3 prompts have no verdicts yet" in capsys.readouterr().out
     assert call(*arguments, "--out", tmp_path / "out", rank=(1, 2)) == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["judge"], summary["seed"], summary["sampling"]) == ("shapes", 3, {"temperature": 0.5})

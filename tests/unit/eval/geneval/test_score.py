@@ -417,6 +417,14 @@ def test_prompts_may_differ_in_pictures(drawn: Path, tmp_path: Path) -> None:
         "1 prompts have no pictures and are not in the scores: 3",
         "prompts differ in pictures: 1 have 2, 9 have 3",
     ]
+    assert scores.document["tasks_missing"] == []
+    colors = [prompt for prompt in list_pictures(drawn) if prompt.metadata["tag"] == "colors"]
+    one = score_pictures(colors, tmp_path / "colors", shapes_judge(), progress=False)
+    assert one is not None
+    assert one.document["tasks_missing"] == ["single_object", "two_object", "counting", "position", "color_attr"]
+    assert one.remarks == [
+        "overall (1 of 6 tasks): the mean of what is there, without single_object, two_object, counting, position, color_attr"
+    ]
     few = score_pictures(list_pictures(drawn, 1), tmp_path / "few", shapes_judge(), progress=False)
     assert few is not None
     assert [row["filename"][-8:] for row in few.rows] == ["0000.png"] * 10

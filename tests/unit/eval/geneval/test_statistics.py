@@ -94,6 +94,18 @@ def test_table_has_tasks_overall_and_ceilings() -> None:
         assert word in text
 
 
+def test_an_overall_score_of_some_tasks_says_so() -> None:
+    some = summarize(rows_of("colors", [4, 2]) + rows_of("counting", [1, 0]))
+    assert some.overall_name == "overall (2 of 6 tasks)"
+    assert some.missing == ("single_object", "two_object", "position", "color_attr")
+    for ceilings in (None, {"ground truth": some}):
+        lines = rendered(score_table(some, ceilings))
+        assert "(2 of 6 tasks)" in lines
+    every = summarize([row for tag in TAGS for row in rows_of(tag, [1])])
+    assert (every.overall_name, every.missing) == ("overall", ())
+    assert "tasks)" not in rendered(score_table(every))
+
+
 def rendered(table: Any) -> str:
     console = Console(width=160)
     with console.capture() as shown:
