@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 from eval.geneval.options import JudgeOptions, SamplingOptions
-from eval.ranks import Ranks
+from eval.ranks import launched
 
 geneval = SubcommandApp()
 
@@ -67,7 +67,7 @@ def geneval_generate(
     from eval.generate import generate
     from eval.geneval.prompts import read_prompts
 
-    ranks = _ranks()
+    ranks = launched()
     source = Export(export, device)
     source.check_draws_captions()
     entries = read_prompts(prompts)
@@ -112,7 +112,7 @@ def geneval_score(
     from eval.geneval.score import list_pictures, missing_prompts, score_pictures, unfinished, write_summary
     from eval.geneval.statistics import score_table
 
-    ranks = _ranks()
+    ranks = launched()
     prompts = list_pictures(images, images_per_prompt)
     needs_colors = any("color" in clause for prompt in prompts for clause in prompt.metadata["include"])
     judging = load_judge(judge, options, needs_colors, device)
@@ -190,21 +190,9 @@ def geneval_run(
     """
     from eval.geneval.run import run_geneval
 
-    ranks, folder = _ranks(), out or export / "geneval"
+    ranks, folder = launched(), out or export / "geneval"
     run_geneval(
         export, folder, judge=judge, per_task=per_task, images_per_prompt=images_per_prompt, batch_size=batch_size,
         judge_batch_size=judge_batch_size, run_dir=run_dir, seed=seed, judge_options=options, sampling=sampling,
         device=device, ranks=ranks,
     )  # fmt: skip
-
-
-def _ranks() -> Ranks:
-    """This process's share of the work, and of the host's cores."""
-    ranks = Ranks.from_environment()
-    if ranks.ranks > 1:
-        import torch
-
-        from t2i.threads import cores_per_rank
-
-        torch.set_num_threads(cores_per_rank())
-    return ranks

@@ -291,6 +291,45 @@ def test_the_command_scores_captioned_pictures(
     assert f"scores: {out}/scores.json" in shown
 
 
+def test_ranks_share_the_drawing_and_the_last_one_measures(
+    make_export: MakeExport,
+    small_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export, out = make_export(), tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = [export, "--prompts", tmp_path / "prompts.txt", "--clip", f"local-dir:{small_clip}"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    call(monkeypatch, *arguments, "--out", out)
+    assert "rank 1 of 2 has drawn its share; 2 pictures are missing" in capsys.readouterr().err
+    assert [path.parent.parent.name for path in out.glob("pictures/*/*/samples/*.png")] == ["00001"]
+    assert not (out / "scores.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    call(monkeypatch, *arguments, "--out", out)
+    shared = json.loads((out / "scores.json").read_text())
+    assert shared["pictures"] == 3
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    call(monkeypatch, *arguments, "--out", tmp_path / "alone")
+    assert json.loads((tmp_path / "alone/scores.json").read_text())["clip"] == shared["clip"]
+    # Nothing may be drawn before it is known that it can be measured, and pictures that are there are for one.
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for given, message in (
+        ([*arguments[:3], "--clip", "ViT-Z-99"], "ViT-Z-99 is no architecture"),
+        ([folder_of(tmp_path / "pictures", 2), *arguments[1:]], "is no export, and 2 ranks have no drawing to share"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(monkeypatch, *given, "--out", tmp_path / "none")
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_command_says_how_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches `evaluate`, which has no small Inception to open."""
     folder, given = folder_of(tmp_path / "pictures", 2), list[dict[str, Any]]()
