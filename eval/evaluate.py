@@ -35,7 +35,7 @@ from eval.geneval.clip_colors import find_clip
 from eval.inception import Inception, find_inception
 from eval.pictures import PictureSet, list_pictures, read_prompt_file
 from eval.ranks import Ranks
-from eval.reference import ReferenceOptions, counted, read_reference
+from eval.reference import ReferenceOptions, counted, crop_warning, read_reference
 from eval.versions import installed
 from t2i.devices import choose_device
 from t2i.files import read_json
@@ -145,6 +145,8 @@ def evaluate(
         progress=progress,
     )
     document |= scores
+    if reference is not None and compared is not None and (warning := crop_warning(compared, reference)):
+        document["warnings"].append(warning)
     if clip is not None and scorer is not None:
         of_tag = None if scorer.weights.pretrained is None else clip.pretrained
         document["clip"] = {**asdict(clip), "pretrained": of_tag, **document["clip"]}

@@ -15,7 +15,6 @@ Source: GenEval, evaluation/evaluate_images.py (ImageCrops, color_classification
 Published numbers were taken under autocast; here everything is float32.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from PIL import Image as PillowImage
 from torch import Tensor
 
-from eval.files import files_sha256
+from eval.files import file_sha256, files_sha256
 from eval.geneval.detections import Detection, Image
 from eval.geneval.prompts import COLORS
 from eval.geneval.weights import not_here, snapshot
@@ -65,8 +64,7 @@ class ClipWeights:
         """Of the file, or of names and contents of a folder's, in hexadecimal."""
         if self.pretrained is None:
             return files_sha256(self.files[0].parent, self.files)
-        with open(self.pretrained, "rb") as stream:  # whatever it is called: caches and people do not agree
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(Path(self.pretrained))  # whatever it is called: caches and people do not agree
 
     def identity(self) -> dict[str, Any]:
         """What colours depend on, for JSON: the same wherever the files lie."""
