@@ -33,9 +33,9 @@ from eval.files import write_jsonl, write_text
 from eval.generate import picture_seed
 from eval.geneval.detections import Detection
 from eval.geneval.detectors import Detector, load_detector
+from eval.geneval.intervals import Interval, wilson_interval
 from eval.geneval.judging import batched
 from eval.geneval.scoring import keep_detections
-from eval.geneval.statistics import Interval, wilson_interval
 from t2i.animation import save_clips
 from t2i.devices import choose_device
 from t2i.pipeline import ExportDescription, TextToImagePipeline, picture_grid, read_description

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.geneval.clip_colors import ClipWeights, load_clip
-from eval.geneval.statistics import LEVEL, REPLICATES, Interval, bootstrap_means
+from eval.geneval.intervals import REPLICATES, Interval, bootstrap_means, percentiles
 
 __all__ = ["PUBLISHED_PREFIX", "Clip", "ClipScores", "clip_scores", "mean_over_prompts"]
 
@@ -115,5 +115,4 @@ def mean_over_prompts(
             for start in range(0, replicates, step)
         ]
     )
-    low, high = np.quantile(means_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(values_K.mean()), float(low), float(high))
+    return percentiles(float(values_K.mean()), means_R)

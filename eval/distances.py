@@ -17,7 +17,7 @@ the kernel (x·y/D + 1)³, as mean and standard deviation over random subsets).
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,12 +46,14 @@ class FeatureSet:
         sigma: Their covariance, float64 [D, D].
         features: float32 [N, D], or None where only mu and sigma are known.
         about: What the features were made with; empty where nobody knows.
+        notes: What else is known of the pictures, such as whether they were cropped; nothing is refused for it.
     """
 
     mu: NDArray[np.float64]
     sigma: NDArray[np.float64]
     features: NDArray[np.float32] | None
     about: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pictures(self) -> int | None:
@@ -59,20 +61,26 @@ class FeatureSet:
         return None if self.features is None else len(self.features)
 
     @classmethod
-    def from_features(cls, features_ND: NDArray[np.float32], about: Mapping[str, Any]) -> Self:
+    def from_features(
+        cls, features_ND: NDArray[np.float32], about: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    ) -> Self:
         """Statistics of features, float [N, D]. Raises ValueError for fewer than two pictures."""
         if len(features_ND) < 2:
             raise ValueError(
                 f"{len(features_ND)} picture has no covariance; FID and KID take at least 2, and 10,000 to mean much"
             )
         found = fid_features_to_statistics(torch.from_numpy(features_ND.astype(np.float64)))
-        return cls(found["mu"], np.atleast_2d(found["sigma"]), features_ND.astype(np.float32), dict(about))
+        return cls(
+            found["mu"], np.atleast_2d(found["sigma"]), features_ND.astype(np.float32), dict(about), dict(notes or {})
+        )
 
     def save(self, path: Path) -> None:
-        """Write an `.npz`, atomically: mu, sigma, features, and `about` as JSON."""
+        """Write an `.npz`, atomically: mu, sigma, features, and `about` and `notes` as JSON."""
         arrays: dict[str, Any] = {} if self.features is None else {"features": self.features}
+        texts = {"about": self.about, "notes": self.notes}
+        arrays |= {name: np.array(json.dumps(dict(text))) for name, text in texts.items()}
         with replacing(path) as stream:
-            np.savez(stream, mu=self.mu, sigma=self.sigma, about=np.array(json.dumps(dict(self.about))), **arrays)
+            np.savez(stream, mu=self.mu, sigma=self.sigma, **arrays)
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> Self:
@@ -83,12 +91,15 @@ class FeatureSet:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in ("mu", "sigma", "about", *FEATURES) if name in file.files}
+                found = {
+                    name: file[name] for name in ("mu", "sigma", "about", "notes", *FEATURES) if name in file.files
+                }
                 names = file.files
         except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{path} is no readable .npz ({error}); give one with mu and sigma, or a folder"
             ) from error
+        notes = json.loads(str(found["notes"])) if "notes" in found else {}
         features_ND = next((found[name] for name in FEATURES if name in found), None)
         if "about" in found:
             _check_about(path, json.loads(str(found["about"])), about)
@@ -97,7 +108,7 @@ class FeatureSet:
                 raise ValueError(
                     f"{path} has features of shape {list(features_ND.shape)}; finite [pictures, features] are needed"
                 )
-            return cls.from_features(features_ND, about)
+            return cls.from_features(features_ND, about, notes)
         if not {"mu", "sigma"} <= found.keys():
             raise ValueError(f"{path} holds {', '.join(names)}; mu and sigma, or features, are needed")
         mu, sigma = np.asarray(found["mu"], dtype=np.float64), np.asarray(found["sigma"], dtype=np.float64)
@@ -109,7 +120,7 @@ class FeatureSet:
             raise ValueError(
                 f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}; finite [D] and [D, D] are needed"
             )
-        return cls(mu, sigma, None, about if "about" in found else {})
+        return cls(mu, sigma, None, about if "about" in found else {}, notes)
 
 
 def _check_about(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ reference. The command fills a folder (EXPORT/evaluate by default; for pictures 
     clip_scores.jsonl                   the cosine of each picture with its prompt
     pictures/MODEL-PROMPTS/00000/...    of an export, its pictures in GenEval's published layout
 
+Under a launcher ranks share the drawing, as those of `t2i geneval generate` do, and the one that finishes last measures.
+
 Run again, it draws the pictures that are missing. MODEL and PROMPTS are checksums of the export's files and of the prompts.
 Pictures that cannot be read are named and counted, and scores are of the others.
 """
@@ -18,7 +20,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,17 @@ from eval.distances import FeatureSet, bias_warning, fid, kid
 from eval.embedding import Embedded, Network, embed_pictures
 from eval.exports import Export
 from eval.files import json_sha256, write_jsonl, write_text
-from eval.generate import SETTINGS_FILE, generate
+from eval.generate import SETTINGS_FILE, generate, sample_path
 from eval.geneval.clip_colors import find_clip
-from eval.inception import Inception
+from eval.inception import Inception, find_inception
 from eval.pictures import PictureSet, list_pictures, read_prompt_file
-from eval.reference import ReferenceOptions, counted, read_reference
+from eval.ranks import Ranks
+from eval.reference import ReferenceOptions, counted, crop_warning, read_reference
+from eval.versions import installed
 from t2i.devices import choose_device
 from t2i.files import read_json
 
-__all__ = ["ClipOptions", "ReferenceOptions", "evaluate", "measure"]
+__all__ = ["ClipOptions", "ReferenceOptions", "draw_share", "evaluate", "measure"]
 
 LIBRARIES = ("nar-t2i", "torch", "torchvision", "open-clip-torch", "torch-fidelity", "numpy", "pillow")
 
@@ -121,7 +124,8 @@ def evaluate(
     if export is not None:
         assert written is not None
         out = out or source / "evaluate"
-        pictures = _draw(export, written, out / "pictures", images_per_prompt, batch_size, seed, progress)
+        folder = _draw(export, written, out / "pictures", images_per_prompt, batch_size, seed, progress, Ranks())
+        pictures = list_pictures(folder, images_per_prompt=images_per_prompt or 1)
         about = export.description
         document["model"] = {**asdict(about.provenance), "sha256": export.sha256, "sample": asdict(about.sample)}
     assert pictures is not None
@@ -141,11 +145,13 @@ def evaluate(
         progress=progress,
     )
     document |= scores
+    if reference is not None and compared is not None and (warning := crop_warning(compared, reference)):
+        document["warnings"].append(warning)
     if clip is not None and scorer is not None:
         of_tag = None if scorer.weights.pretrained is None else clip.pretrained
         document["clip"] = {**asdict(clip), "pretrained": of_tag, **document["clip"]}
     document["device"] = str(where)
-    document["versions"] = {name: _version(name) for name in LIBRARIES}
+    document["versions"] = {name: installed(name) for name in LIBRARIES}
     document["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     document["out"] = None if out is None else str(out)
     if out is not None:
@@ -153,6 +159,45 @@ def evaluate(
             write_jsonl(out / "clip_scores.jsonl", rows)
         write_text(out / "scores.json", json.dumps(document, indent=2) + "\n")
     return document
+
+
+def draw_share(
+    source: Path,
+    ranks: Ranks,
+    *,
+    prompts: Path | None = None,
+    prompt_field: str | None = None,
+    out: Path | None = None,
+    clip: ClipOptions | None = None,
+    reference: ReferenceOptions | None = None,
+    images_per_prompt: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Draw one rank's share of the pictures that `evaluate`, whose arguments these are, measures.
+
+    Returns how many pictures other ranks still have to draw; the rank that gets 0 may measure.
+
+    Raises ValueError where there is nothing to draw, a file is wrong, or weights are not to be had.
+    """
+    written = None if prompts is None else read_prompt_file(prompts, prompt_field)
+    export = _export(source, written, device)
+    if export is None or written is None:
+        raise ValueError(
+            f"{source} is no export, and {ranks.ranks} ranks have no drawing to share; measure pictures with one process, "
+            "without RANK and WORLD_SIZE in its environment"
+        )
+    if clip is not None:
+        find_clip(clip.arch, clip.pretrained, clip.quick_gelu)
+    if reference is not None:
+        find_inception(reference.inception)
+    folder = _draw(
+        export, written, (out or source / "evaluate") / "pictures", images_per_prompt, batch_size, seed, progress, ranks
+    )
+    number = images_per_prompt or 1
+    return sum(not sample_path(folder, index, n).exists() for index in range(len(written)) for n in range(number))
 
 
 def _export(source: Path, prompts: Sequence[str] | None, device: str | None) -> Export | None:
@@ -174,13 +219,17 @@ def _draw(
     batch_size: int,
     seed: int,
     progress: bool,
-) -> PictureSet:
-    """The export's pictures of the prompts; those that are missing are drawn."""
+    ranks: Ranks,
+) -> Path:
+    """The folder of the export's pictures of the prompts; those of this rank that are missing are drawn."""
     folder = pictures / f"{export.sha256[:12]}-{json_sha256(prompts)[:12]}"
     number = 1 if images_per_prompt is None else images_per_prompt
     entries = [{"prompt": prompt} for prompt in prompts]
-    generate(export, entries, folder, number, batch_size, seed=seed, model=export.sha256, progress=progress)
-    return list_pictures(folder, images_per_prompt=number)
+    generate(
+        export, entries, folder, number, batch_size, ranks.rank, ranks.ranks, seed=seed, model=export.sha256,
+        progress=progress,
+    )  # fmt: skip
+    return folder
 
 
 def measure(
@@ -236,10 +285,3 @@ def _clip(
         for number, index, cosine in zip(found.numbers, prompt_of_K, cosines_K, strict=True)
     ]
     return document, rows
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return None

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.geneval.statistics import Interval
+from eval.geneval.intervals import Interval
 
 __all__ = ["print_scores", "score_table"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.atomic import write_bytes
 
-__all__ = ["files_sha256", "json_sha256", "read_jsonl", "write_jsonl", "write_text"]
+__all__ = ["file_sha256", "files_sha256", "json_sha256", "read_jsonl", "write_jsonl", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,13 +43,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def files_sha256(folder: Path, files: Iterable[Path]) -> str:
     """SHA-256 over the names, relative to `folder`, and contents of some of its files, in hexadecimal."""
     digest = hashlib.sha256()
     for path in sorted(files):
-        with open(path, "rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

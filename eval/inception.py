@@ -12,7 +12,6 @@ Pictures are squashed to 299x299 in one of two ways, which differ by several poi
 Shape suffixes: N pictures, D features (2048).
 """
 
-import hashlib
 import io
 from collections.abc import Mapping
 from functools import cached_property
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from eval.files import file_sha256
 from eval.geneval.weights import not_here
 
 __all__ = ["Inception", "Resize", "find_inception", "resize_picture"]
@@ -104,12 +104,7 @@ class Inception:
     @cached_property
     def about(self) -> Mapping[str, Any]:
         """What features depend on, apart from the pictures."""
-        return {"resize": self.resize, "inception_sha256": None if self.file is None else _sha256(self.file)}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"resize": self.resize, "inception_sha256": None if self.file is None else file_sha256(self.file)}
 
 
 def _layers(file: Path) -> nn.Module:

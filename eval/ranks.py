@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "launched"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,15 @@ class Ranks:
                 f"RANK is {rank} and WORLD_SIZE {ranks} in the environment; unset both, or start with a launcher"
             )
         return cls(rank, ranks)
+
+
+def launched() -> Ranks:
+    """This process's share of the work, as the environment says, once it has been given its share of the host's cores."""
+    ranks = Ranks.from_environment()
+    if ranks.ranks > 1:
+        import torch
+
+        from t2i.threads import cores_per_rank
+
+        torch.set_num_threads(cores_per_rank())
+    return ranks

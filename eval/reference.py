@@ -10,10 +10,11 @@ from torch import Tensor
 
 from eval.distances import FeatureSet
 from eval.embedding import Network, embed_pictures
+from eval.files import file_sha256, files_sha256
 from eval.inception import Inception, Resize
 from eval.pictures import PictureSet, Unreadable, list_pictures
 
-__all__ = ["ReferenceOptions", "counted", "read_reference"]
+__all__ = ["ReferenceOptions", "counted", "crop_warning", "read_reference"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def read_reference(
 ) -> tuple[FeatureSet, dict[str, Any]]:
     """What to compare with, and what scores.json says of it; saved where that is asked for.
 
+    Its SHA-256 is that of the `.npz`, or of the names and contents of the pictures that could be read.
+
     Raises ValueError where an `.npz` lacks what is needed or was made with something else, and where pictures are too few.
     """
     about: dict[str, Any] = {"path": str(options.path)}
@@ -77,14 +80,29 @@ def read_reference(
                 f"{options.path} holds mu and sigma only, and KID needs features; give a folder of pictures or an .npz saved "
                 "of one, or leave KID out (--no-kid)"
             )
-        return compared, {**about, "pictures": compared.pictures}
+        return compared, {
+            **about, "sha256": file_sha256(options.path), "pictures": compared.pictures, "made": dict(compared.notes),
+        }  # fmt: skip
     pictures = list_pictures(options.path, captions=False)
     network = _Square(inception) if options.crop else inception
     found = embed_pictures(pictures, [network], batch_size, "measure reference", progress)
-    compared = FeatureSet.from_features(found.features[0], inception.about)
+    read = [pictures.root / pictures.names[number] for number in found.numbers]
+    checksum = files_sha256(pictures.root, read)
+    notes = {"crop": options.crop, "unreadable": len(found.unreadable), "pictures_sha256": checksum}
+    compared = FeatureSet.from_features(found.features[0], inception.about, notes)
     if options.save is not None:
         compared.save(options.save)
-    return compared, {**about, "crop": options.crop, **counted(pictures, found.unreadable)}
+    return compared, {**about, "sha256": checksum, "crop": options.crop, **counted(pictures, found.unreadable)}
+
+
+def crop_warning(compared: FeatureSet, options: ReferenceOptions) -> str | None:
+    """What to know where an `.npz` is of pictures that were cropped in another way than is asked for; else nothing."""
+    if compared.notes.get("crop", options.crop) == options.crop:
+        return None
+    return (
+        f"{options.path} is of the largest central square of each picture (--crop-reference), and the pictures that are "
+        "compared with it are not cropped"
+    )
 
 
 def counted(pictures: PictureSet, unreadable: Sequence[Unreadable]) -> dict[str, Any]:

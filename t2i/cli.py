@@ -6,7 +6,7 @@ need when they run, so that help is quick and an installation without the `eval`
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -370,6 +370,8 @@ def evaluate(
 ) -> None:
     """CLIPScore of an export or of pictures with prompts, and their FID and KID against a reference.
 
+    Under a launcher the ranks share what an export draws, and the one that finishes last measures.
+
     Args:
         source: An export; or a folder of pictures: of GenEval's layout, with .txt captions beside them, or in the order of
             prompts.
@@ -395,22 +397,28 @@ def evaluate(
         device: Where to run; the first GPU or the processor when not given.
         json: Print scores.json in place of the table.
     """
-    from eval.evaluate import ClipOptions, ReferenceOptions, evaluate
+    from eval.evaluate import ClipOptions, ReferenceOptions, draw_share, evaluate
     from eval.evaluate_table import print_scores
+    from eval.ranks import launched
 
     if reference is None and (inception is not None or save_reference is not None or crop_reference or not kid):
         raise ValueError(
             "inception, kid and a way to read the reference are given, and no reference; give one, or leave them out"
         )
-    document = evaluate(
-        source, prompts=prompts, prompt_field=prompt_field, out=out,
-        clip=ClipOptions(clip, clip_pretrained, clip_quick_gelu, clip_prefix) if clip_score else None,
-        reference=None if reference is None else ReferenceOptions(
+    options: dict[str, Any] = {
+        "prompts": prompts, "prompt_field": prompt_field, "out": out,
+        "clip": ClipOptions(clip, clip_pretrained, clip_quick_gelu, clip_prefix) if clip_score else None,
+        "reference": None if reference is None else ReferenceOptions(
             reference, inception, resize, crop_reference, kid, save_reference
         ),
-        images_per_prompt=images_per_prompt, batch_size=batch_size, seed=seed, device=device,
-    )  # fmt: skip
-    print_scores(document, json)
+        "images_per_prompt": images_per_prompt, "batch_size": batch_size, "seed": seed, "device": device,
+    }  # fmt: skip
+    ranks = launched()
+    if ranks.ranks > 1 and (missing := draw_share(source, ranks, **options)):
+        who = f"rank {ranks.rank} of {ranks.ranks} has drawn its share"
+        print(f"{who}; {missing} pictures are missing: the rank that draws the last measures", file=sys.stderr)
+        return
+    print_scores(evaluate(source, **options), json)
 
 
 def main() -> None:

@@ -108,7 +108,12 @@ def score_chart(summaries: Sequence[Summary], ceilings: Sequence[Mapping[str, Su
                     color=MARK, linewidth=1.6, linestyle=style,
                 )  # fmt: skip
         axes.axhline(len(tags) - 1.5, color=GRID, linewidth=0.8)  # overall is no task
-        axes.set_yticks(range(len(tags)), [tag.replace("_", " ") for tag in tags])
+        names = {summary.overall_name for summary in summaries}
+        overall = names.pop() if len(names) == 1 else "overall (tasks differ)"
+        axes.set_yticks(
+            range(len(tags)),
+            [overall.replace(" (", "\n(") if tag == "overall" else tag.replace("_", " ") for tag in tags],
+        )
         axes.set_xlim(0, 1.02)
         axes.invert_yaxis()
         axes.grid(axis="x", linewidth=0.6)

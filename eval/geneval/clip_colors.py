@@ -30,7 +30,7 @@ from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from PIL import Image as PillowImage
 from torch import Tensor
 
-from eval.files import files_sha256
+from eval.files import file_sha256, files_sha256
 from eval.geneval.detections import Detection, Image
 from eval.geneval.prompts import COLORS
 from eval.geneval.weights import not_here, snapshot
@@ -61,8 +61,20 @@ class ClipWeights:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> str:
-        """Of the files, in hexadecimal."""
-        return files_sha256(self.files[0].parent, self.files)
+        """Of the file, or of names and contents of a folder's, in hexadecimal."""
+        if self.pretrained is None:
+            return files_sha256(self.files[0].parent, self.files)
+        return file_sha256(Path(self.pretrained))  # whatever it is called: caches and people do not agree
+
+    def identity(self) -> dict[str, Any]:
+        """What colours depend on, for JSON: the same wherever the files lie."""
+        return {
+            # A folder's architecture is in its files.
+            "arch": None if self.pretrained is None else self.arch,
+            "quick_gelu": self.quick_gelu,
+            "preprocessing": dict(self.preprocessing),
+            "sha256": self.sha256(),
+        }
 
 
 def find_clip(arch: str, pretrained: str, quick_gelu: bool | None = None) -> ClipWeights:

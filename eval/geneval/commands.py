@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 from eval.geneval.options import JudgeOptions, SamplingOptions
-from eval.ranks import Ranks
+from eval.ranks import launched
 
 geneval = SubcommandApp()
 
@@ -67,7 +67,7 @@ def geneval_generate(
     from eval.generate import generate
     from eval.geneval.prompts import read_prompts
 
-    ranks = _ranks()
+    ranks = launched()
     source = Export(export, device)
     source.check_draws_captions()
     entries = read_prompts(prompts)
@@ -109,10 +109,10 @@ def geneval_score(
     from rich.console import Console
 
     from eval.geneval.judges import load_judge
-    from eval.geneval.score import list_pictures, score_pictures, write_summary
+    from eval.geneval.score import list_pictures, missing_prompts, score_pictures, unfinished, write_summary
     from eval.geneval.statistics import score_table
 
-    ranks = _ranks()
+    ranks = launched()
     prompts = list_pictures(images, images_per_prompt)
     needs_colors = any("color" in clause for prompt in prompts for clause in prompt.metadata["include"])
     judging = load_judge(judge, options, needs_colors, device)
@@ -120,7 +120,7 @@ def geneval_score(
         prompts, out, judging, ranks=ranks, batch_size=batch_size, more={"images": str(images)}
     )  # fmt: skip
     if scores is None:
-        print(_unfinished(ranks, out), file=sys.stderr if json else sys.stdout)
+        print(unfinished(ranks, out, missing_prompts(prompts, out, judging)), file=sys.stderr if json else sys.stdout)
         return
     write_summary(scores, out)
     if json:
@@ -190,27 +190,9 @@ def geneval_run(
     """
     from eval.geneval.run import run_geneval
 
-    ranks, folder = _ranks(), out or export / "geneval"
-    summary = run_geneval(
+    ranks, folder = launched(), out or export / "geneval"
+    run_geneval(
         export, folder, judge=judge, per_task=per_task, images_per_prompt=images_per_prompt, batch_size=batch_size,
         judge_batch_size=judge_batch_size, run_dir=run_dir, seed=seed, judge_options=options, sampling=sampling,
         device=device, ranks=ranks,
     )  # fmt: skip
-    if summary is None:
-        print(_unfinished(ranks, folder))
-
-
-def _ranks() -> Ranks:
-    """This process's share of the work, and of the host's cores."""
-    ranks = Ranks.from_environment()
-    if ranks.ranks > 1:
-        import torch
-
-        from t2i.threads import cores_per_rank
-
-        torch.set_num_threads(cores_per_rank())
-    return ranks
-
-
-def _unfinished(ranks: Ranks, out: Path) -> str:
-    return f"rank {ranks.rank} of {ranks.ranks} has finished its share; the last rank to finish writes {out}"

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.geneval_text import TAGS
-from eval.geneval.statistics import REPLICATES, Difference, paired_difference, prompt_draws
+from eval.geneval.intervals import REPLICATES, prompt_draws
+from eval.geneval.statistics import Difference, paired_difference
 
 __all__ = ["Comparison", "compare"]
 

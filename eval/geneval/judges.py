@@ -9,7 +9,7 @@ the first picture is to be judged, which may be never.
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,11 +19,18 @@ from eval.geneval.detectors import ColorClassifier, Detector
 from eval.geneval.options import NEURAL, JudgeOptions
 from eval.geneval.prompts import COCO_CLASSES
 from eval.geneval.scoring import ScoringOptions
+from eval.versions import releases
 from t2i.devices import choose_device
 
 __all__ = ["Judge", "JudgeName", "load_judge"]
 
 JudgeName = Literal["mask2former", "shapes"]
+
+CODE = ("judging", "detections", "scoring", "prompts")
+"""Modules that every judge's verdicts go through, from the file of a picture to its line."""
+LIBRARIES = ("numpy", "pillow")
+CLIP_LIBRARIES = ("open-clip-torch", "torchvision")
+"""CLIP's network, and how crops are scaled for it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class Judge:
         classes: What it can find; prompts about anything else are not for it.
         image_size: The only size of pictures, in pixels a side, that it knows; None for any.
         batch_size: Pictures at once, where nothing else is asked for.
-        made_from: What verdicts depend on beside pictures and prompts, for JSON.
+        made_from: What verdicts depend on beside pictures and prompts, for JSON; the same wherever its files lie.
+        files: What its models are called, and where they lie here, for JSON; verdicts do not depend on it.
         make_detector: Loads its detector.
         make_colors: Loads what tells colours; None where the detector does.
     """
@@ -47,6 +55,7 @@ class Judge:
     made_from: Mapping[str, Any]
     make_detector: Callable[[], Detector]
     make_colors: Callable[[], ColorClassifier] | None = None
+    files: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def detector(self) -> Detector:
@@ -88,33 +97,42 @@ def load_judge(name: str, options: JudgeOptions, needs_colors: bool = True, devi
 def _shapes(options: JudgeOptions, needs_colors: bool, device: str | None) -> Judge:
     from eval.geneval.shapes_judge import ShapesJudge
 
-    defaults = {field.name: field.default for field in fields(JudgeOptions)}
+    defaults = {one.name: one.default for one in fields(JudgeOptions)}
     if foreign := [name for name in NEURAL if getattr(options, name) != defaults[name]]:
         raise ValueError(
             f"--{foreign[0].replace('_', '-')} is not for the judge 'shapes', which has no models; leave it out"
         )
     scoring = replace(ShapesJudge.scoring, **options.rules)
-    made_from = {"judge": "shapes", "scoring": asdict(scoring), "code": _code("shapes_judge")}
+    made_from = {
+        "judge": "shapes",
+        "scoring": asdict(scoring),
+        "code": _code("shapes_judge"),
+        "libraries": releases([*LIBRARIES, "scipy"]),
+    }
     return Judge("shapes", frozenset(shapes.SHAPES), shapes.IMAGE_SIZE, 64, made_from, lambda: ShapesJudge(scoring))
 
 
 def _mask2former(options: JudgeOptions, needs_colors: bool, device: str | None) -> Judge:
     from eval.geneval.clip_colors import ClipColors, find_clip
-    from eval.geneval.mask2former import Mask2FormerDetector, find_detector
+    from eval.geneval.mask2former import Mask2FormerDetector, detector_files, find_detector
 
     scoring = replace(ScoringOptions(), **options.rules)
     folder = find_detector(options.detector)
     clip = find_clip(options.clip, options.clip_pretrained, options.clip_quick_gelu) if needs_colors else None
-    weights = (path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
     made_from = {
         "judge": "mask2former",
-        "detector": {"name": options.detector, "size": list(options.detector_size), "sha256": files_sha256(folder, weights)},
-        "clip": None if clip is None else {
-            "arch": clip.arch, "pretrained": clip.pretrained, "quick_gelu": clip.quick_gelu, "sha256": clip.sha256(),
-        },
+        "detector": {"size": list(options.detector_size), "sha256": files_sha256(folder, detector_files(folder))},
+        "clip": None if clip is None else clip.identity(),
         "scoring": asdict(scoring),
-        "code": _code("mask2former", "clip_colors"),
-    }  # fmt: skip
+        "code": _code("mask2former", *([] if clip is None else ["clip_colors"])),
+        "libraries": releases([*LIBRARIES, "torch", "transformers", *([] if clip is None else CLIP_LIBRARIES)]),
+    }
+    files = {
+        "detector": options.detector,
+        "detector_folder": str(folder),
+        "clip": None if clip is None else clip.arch,
+        "clip_pretrained": None if clip is None else clip.pretrained,
+    }
     return Judge(
         "mask2former",
         frozenset(COCO_CLASSES),
@@ -123,10 +141,11 @@ def _mask2former(options: JudgeOptions, needs_colors: bool, device: str | None) 
         made_from,
         lambda: Mask2FormerDetector(folder, scoring, options.detector_size, choose_device(device)),
         None if clip is None else lambda: ClipColors(clip, choose_device(device)),
+        files,
     )
 
 
 def _code(*modules: str) -> str:
     """SHA-256 of the code that verdicts depend on: those of an older judge must not stand beside a newer one's."""
-    names = [*(f"eval.geneval.{name}" for name in modules), "eval.geneval.scoring", "data_pipeline.shapes"]
+    names = [f"eval.geneval.{name}" for name in (*modules, *CODE)] + ["data_pipeline.images", "data_pipeline.shapes"]
     return json_sha256([inspect.getsource(importlib.import_module(name)) for name in names])

@@ -39,11 +39,20 @@ from eval.geneval.scoring import ScoringOptions
 from eval.geneval.weights import hub_folder
 from t2i.files import read_json
 
-__all__ = ["Instances", "Mask2FormerDetector", "find_detector", "geneval_classes", "instances", "mask_box"]
+__all__ = [
+    "Instances",
+    "Mask2FormerDetector",
+    "detector_files",
+    "find_detector",
+    "geneval_classes",
+    "instances",
+    "mask_box",
+]
 
 MAX_INSTANCES = 100  # mmdet's max_per_image
 SIZE_DIVISOR = 32  # of the padded picture
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+WEIGHTS = ("*.safetensors*", "pytorch_model*")  # the first of them that there is anything of, as transformers chooses
 
 # What other label lists call GenEval's classes; the first four are those of the published transformers models.
 _ALIASES = {
@@ -137,9 +146,7 @@ def instances(
 
 def find_detector(source: str) -> Path:
     """The folder of a detector: `source` itself, or the hub's files of that name. Raises ValueError where there is none."""
-    folder = hub_folder(
-        source, "detector", "--detector", [CONFIG, PREPROCESSOR], [["*.safetensors*"], ["pytorch_model*"]]
-    )
+    folder = hub_folder(source, "detector", "--detector", [CONFIG, PREPROCESSOR], [[pattern] for pattern in WEIGHTS])
     for name in (CONFIG, PREPROCESSOR):
         if not (folder / name).is_file():
             raise ValueError(f"detector {folder} has no {name}; fetch all of {DETECTOR}, or give another folder")
@@ -147,6 +154,14 @@ def find_detector(source: str) -> Path:
     if kind != "mask2former":
         raise ValueError(f"detector {folder} is of type {kind!r}, not 'mask2former'; give one such as {DETECTOR}")
     return folder
+
+
+def detector_files(folder: Path) -> list[Path]:
+    """The files of a detector's folder that decide what it says; a folder may hold more, and on another host other ones."""
+    weights: list[Path] = []
+    for pattern in WEIGHTS:
+        weights = weights or sorted(folder.glob(pattern))
+    return [folder / CONFIG, folder / PREPROCESSOR, *weights]
 
 
 class Mask2FormerDetector:

@@ -23,6 +23,7 @@ from eval.geneval.gallery import LARGEST_SIDE, make_gallery
 from eval.geneval.prompts import coco_prompts
 from eval.geneval.published import PUBLISHED
 from eval.geneval.results import Results, read_results
+from eval.geneval.statistics import overall_name
 
 __all__ = ["Losses", "Written", "make_report", "read_losses", "write_report"]
 
@@ -131,6 +132,7 @@ def write_report(
         colors=len(MODELS),
         tags=(*TAGS, "overall"),
         comparisons=comparisons,
+        overall_name=overall_name,
         published=PUBLISHED,
         of_published=_of_published(models),
         gallery=gallery,

@@ -5,6 +5,7 @@ strings or as objects. `details` maps each class to its boxes [x0, y0, x1, y1, s
 boxes' colours, and `unreadable`.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from typing import Any
 
 from data_pipeline.geneval_text import TAGS
 from eval.files import read_jsonl
-from eval.geneval.statistics import Interval, Summary, TaskScore, summarize
+from eval.geneval.intervals import Interval
+from eval.geneval.statistics import Summary, TaskScore, summarize
 
 __all__ = ["Found", "Judged", "Results", "Source", "read_results"]
 
@@ -186,14 +188,22 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _read_summary(path: Path, pictures: Sequence[Judged]) -> tuple[Source, dict[str, Summary]]:
-    """Source and ceilings from a summary.json; nothing where there is none or it is of other results."""
+def _of_these(document: Mapping[str, Any], file: Path, pictures: Sequence[Judged]) -> bool:
+    """Whether a summary is of the results in `file`."""
+    if "results_sha256" in document:
+        return bool(document["results_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest())
+    overall = document["scores"]["overall"]  # of a summary from before it told the checksum
+    return bool((overall["images"], overall["correct"]) == (len(pictures), sum(one.correct for one in pictures)))
+
+
+def _read_summary(file: Path, pictures: Sequence[Judged]) -> tuple[Source, dict[str, Summary]]:
+    """Source and ceilings from the summary.json beside `file`; nothing where there is none or it is of other results."""
+    path = file.parent / SUMMARY_FILE
     if not path.is_file():
         return Source(), {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        overall = document["scores"]["overall"]
-        if (overall["images"], overall["correct"]) != (len(pictures), sum(one.correct for one in pictures)):
+        if not _of_these(document, file, pictures):
             print(f"{path} is of other results than those beside it and is left out; make it again")
             return Source(), {}
         model = document.get("model") or {}
@@ -256,7 +266,7 @@ def read_results(given: str | Path, images: Path | None = None) -> Results:
             raise ValueError(f"{file}, result {number}, is no GenEval result: {error}") from error
     if twice := len(pictures) - len({one.filename for one in pictures}):
         raise ValueError(f"{file} lists {twice} pictures more than once; a picture may count only once")
-    source, ceilings = _read_summary(file.parent / SUMMARY_FILE, pictures)
+    source, ceilings = _read_summary(file, pictures)
     # A file name may hold bytes that are no text; the page must be UTF-8 all the same.
     shown = (name or _default_name(file, source)).encode("utf-8", "replace").decode()
     return Results(shown, file.parent, tuple(pictures), ceilings, source, images)

@@ -15,8 +15,8 @@ fills a folder (EXPORT/geneval by default):
 Run again, it goes on where it stopped, and on an unchanged export only renders the report again. MODEL and PROMPTS are
 checksums of the export's files and of the prompts (with seed and sampling options, where those are given), so pictures of
 another export (a later step, say) or of other prompts get a folder of their own: they are never mixed, and what took long to
-draw is not thrown away. results.jsonl, summary.json and the report are of the last call; folders under pictures/ that are no
-longer wanted may be deleted.
+draw is not thrown away. results.jsonl, summary.json and the report are of the last call: one with other pictures or another
+judge removes them when it starts. Folders under pictures/ that are no longer wanted may be deleted.
 
 Under a launcher each rank draws and judges its share of the prompts; the one that finishes last does the rest.
 """
@@ -40,12 +40,13 @@ from eval.geneval.options import JudgeOptions, SamplingOptions
 from eval.geneval.prompts import Metadata, coco_prompts, shapes_prompts, write_prompts
 from eval.geneval.report import read_losses, write_report
 from eval.geneval.results import read_results
-from eval.geneval.score import PromptPictures, score_pictures, write_summary
+from eval.geneval.score import PromptPictures, drop_outdated, missing_prompts, score_pictures, unfinished, write_summary
 from eval.geneval.statistics import Summary, score_table, summarize
 from eval.ranks import Ranks
 
 __all__ = ["run_geneval"]
 
+REPORT_FILE = "report.html"
 GROUND_TRUTH, RECONSTRUCTION = "ground truth", "reconstruction"
 Rows = list[dict[str, Any]]
 
@@ -144,7 +145,7 @@ def run_geneval(
         ranks: This process's share of the work.
         progress: Show progress bars.
 
-    Returns the scores, or None where other ranks have not finished their shares: the last one does the rest.
+    Returns the scores, or None where other ranks have not finished their shares, and says so: the last one does the rest.
 
     Raises:
         ValueError: no export of a text model there, an image size that the judge cannot see, no such judge, numbers
@@ -165,14 +166,15 @@ def run_geneval(
     given = (sampling or SamplingOptions()).given
     drawn_by = [prompts, seed, given] if seed or given else prompts
     folder = out / "pictures" / f"{source.sha256[:12]}-{json_sha256(drawn_by)[:12]}"
-    generate(
-        source, prompts, folder, images_per_prompt, batch_size, ranks.rank, ranks.ranks, seed=seed, model=source.sha256,
-        sampling=given, progress=progress,
-    )  # fmt: skip
     pictures = [
         PromptPictures(index, metadata, tuple(sample_path(folder, index, n) for n in range(images_per_prompt)))
         for index, metadata in enumerate(prompts)
     ]
+    drop_outdated(pictures, out, judging, out / REPORT_FILE)
+    generate(
+        source, prompts, folder, images_per_prompt, batch_size, ranks.rank, ranks.ranks, seed=seed, model=source.sha256,
+        sampling=given, progress=progress,
+    )  # fmt: skip
     provenance = source.description.provenance
     scores = score_pictures(
         pictures, out, judging, ranks=ranks, batch_size=judge_batch_size, progress=progress,
@@ -182,11 +184,12 @@ def run_geneval(
         },
     )  # fmt: skip
     if scores is None:
+        print(unfinished(ranks, out, missing_prompts(pictures, out, judging)))
         return None
     ceilings = _ceilings(source, out, prompts, images_per_prompt, batch_size, judging, progress) if on_shapes else {}
     scores.document["ceilings"] = {name: ceiling.to_json() for name, ceiling in ceilings.items()}
     write_summary(scores, out)
-    write_report([read_results(out)], out / "report.html", losses)
+    write_report([read_results(out)], out / REPORT_FILE, losses)
     title = f"GenEval, judge {judging.name}: {provenance.recipe}, step {provenance.step}"
     Console().print(score_table(scores.summary, ceilings, title))
     print(f"report: {out / 'report.html'}")

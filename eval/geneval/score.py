@@ -10,10 +10,14 @@ fills the folder RESULTS:
 
 Several ranks share the prompts and talk through these parts alone; the one that finishes last puts the whole together. Run
 again, only prompts are judged that have no part yet, or one of other pictures: files are told by their size and time.
+
+results.jsonl and summary.json are always of the last call: one with another judge or other pictures removes them when it
+starts. Nothing is lost by that, since the parts stay.
 """
 
+import hashlib
 import json
-import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,28 +29,22 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.atomic import write_bytes
-from eval.files import json_sha256, write_text
+from eval.files import write_text
 from eval.geneval.judges import Judge
 from eval.geneval.judging import Picture, judged, read_pictures
-from eval.geneval.prompts import Metadata, check_metadata
+from eval.geneval.parts import PARTS, Parts, PromptPictures, Rows
+from eval.geneval.prompts import check_metadata
 from eval.geneval.statistics import Summary, summarize
 from eval.ranks import Ranks
 
-__all__ = ["PromptPictures", "Scores", "list_pictures", "score_pictures", "write_summary"]
+__all__ = [
+    "PromptPictures", "Scores", "drop_outdated", "list_pictures", "missing_prompts", "score_pictures", "unfinished",
+    "write_summary",
+]  # fmt: skip
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA_FILE, SAMPLES = "metadata.jsonl", "samples"
-RESULTS_FILE, SUMMARY_FILE, PARTS = "results.jsonl", "summary.json", "parts"
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class PromptPictures:
-    """The pictures of one prompt: its number, which the ranks share the work by, its metadata, and the files."""
-
-    number: int
-    metadata: Metadata
-    files: tuple[Path, ...]
+RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,8 @@ class Scores:
     def remarks(self) -> list[str]:
         """A line each about what is not as it is in the published evaluation, where every prompt has as many pictures."""
         lines = []
+        if tags := self.summary.missing:
+            lines.append(f"{self.summary.overall_name}: the mean of what is there, without {', '.join(tags)}")
         if numbers := self.document["prompts_without_pictures"]:
             lines.append(f"{len(numbers)} prompts have no pictures and are not in the scores: {_some(numbers)}")
         if len(counts := self.document["prompts_by_pictures"]) > 1:
@@ -129,46 +129,26 @@ def _prompt(folder: Path, images_per_prompt: int | None) -> PromptPictures:
     return PromptPictures(int(folder.name), metadata, tuple(files[:images_per_prompt]))
 
 
-def _identity(path: Path) -> list[int] | None:
-    """Size and time of a file, which tell whether it is the one that was judged; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
+def missing_prompts(prompts: Sequence[PromptPictures], out: Path, judge: Judge) -> int:
+    """How many of the prompts that have pictures still have no verdicts of this judge on these pictures."""
+    parts = Parts(out, judge.made_from)
+    return sum(parts.load(prompt) is None for prompt in prompts if prompt.files)
 
 
-class _Parts:
-    """The verdicts on each prompt's pictures, a file a prompt; a reader sees a whole one or none."""
+def drop_outdated(prompts: Sequence[PromptPictures], out: Path, judge: Judge, *also: Path) -> None:
+    """Remove results and summary, and the files in `also`, where they cannot be of this judge and these pictures.
 
-    def __init__(self, out: Path, made_from: Mapping[str, Any]) -> None:
-        self._out, self._folder = out, out / PARTS / json_sha256(made_from)[:12]
-
-    def filename(self, path: Path) -> str:
-        """What results.jsonl calls a picture: its path from there."""
-        return Path(os.path.relpath(path, self._out)).as_posix()
-
-    def stamp(self, prompt: PromptPictures) -> dict[str, Any]:
-        """What a part is of."""
-        files = {self.filename(path): _identity(path) for path in prompt.files}
-        return {"metadata": prompt.metadata, "files": files}
-
-    def load(self, prompt: PromptPictures) -> Rows | None:
-        """The lines of a prompt, if they are of its pictures as they are now."""
-        try:
-            part = json.loads(self._path(prompt).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if part.get("of") != self.stamp(prompt):
-            return None
-        rows: Rows = part["rows"]
-        return rows
-
-    def save(self, prompt: PromptPictures, stamp: Mapping[str, Any], rows: Rows) -> None:
-        write_text(self._path(prompt), json.dumps({"of": stamp, "rows": rows}) + "\n")
-
-    def _path(self, prompt: PromptPictures) -> Path:
-        return self._folder / f"{prompt.number:05d}.json"
+    So that nobody takes them for those of a call that has not finished. Their verdicts stay among the parts.
+    """
+    stale = [path for path in (out / RESULTS_FILE, out / SUMMARY_FILE, *also) if path.is_file()]
+    if stale and missing_prompts(prompts, out, judge):
+        for path in stale:
+            path.unlink(missing_ok=True)  # by another rank, just now
+        print(
+            f"{', '.join(path.name for path in stale)} in {out} were of another judge or other pictures and are removed; "
+            f"their verdicts stay in {PARTS}/",
+            file=sys.stderr,
+        )
 
 
 def score_pictures(
@@ -207,7 +187,8 @@ def score_pictures(
         raise ValueError(f"none of the {len(prompts)} prompts has a picture; generate some first")
     judge.check_prompts([prompt.metadata for prompt in shown])
 
-    parts = _Parts(out, judge.made_from)
+    drop_outdated(shown, out, judge)
+    parts = Parts(out, judge.made_from)
     mine = [prompt for prompt in shown if ranks.owns(prompt.number)]
     missing = [prompt for prompt in mine if parts.load(prompt) is None]
     total = sum(len(prompt.files) for prompt in mine)
@@ -244,7 +225,7 @@ def _of_known_size(pictures: Iterator[Picture], judge: Judge) -> Iterator[Pictur
 def _gathered(
     prompts: Sequence[PromptPictures],
     shown: Sequence[PromptPictures],
-    parts: _Parts,
+    parts: Parts,
     out: Path,
     judge: Judge,
     more: Mapping[str, Any],
@@ -256,30 +237,41 @@ def _gathered(
             return None
         rows += part
     summary = summarize(rows)
-    results = out / RESULTS_FILE
-    _write_changed(results, "".join(json.dumps(row) + "\n" for row in rows))
+    results, lines = out / RESULTS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if not results.is_file() or results.read_bytes() != lines:  # else its time stays that of the last change
+        (out / SUMMARY_FILE).unlink(missing_ok=True)
+        write_bytes(results, lines)
     judged_at = datetime.fromtimestamp(results.stat().st_mtime, UTC)
     document = {
         **more,
         "judge": judge.name,
         "judged_at": judged_at.isoformat(timespec="seconds"),
         "made_from": dict(judge.made_from),
+        "judge_files": dict(judge.files),
         "prompts": len(shown),
         "prompts_without_pictures": [prompt.number for prompt in prompts if not prompt.files],
         "prompts_by_pictures": {str(n): count for n, count in sorted(Counter(len(p.files) for p in shown).items())},
+        "tasks_missing": list(summary.missing),
         "unreadable": [row["filename"] for row in rows if row.get("unreadable")],
+        "results_sha256": hashlib.sha256(lines).hexdigest(),
         "scores": summary.to_json(),
     }
     return Scores(rows, summary, judged_at, document)
 
 
+def unfinished(ranks: Ranks, out: Path, missing: int) -> str:
+    """What a rank says that has finished while `missing` prompts have no verdicts yet.
+
+    Raises ValueError where there is no other rank that could judge them.
+    """
+    if ranks.ranks == 1:
+        raise ValueError(f"pictures of {missing} prompts changed while they were judged; run the same command again")
+    return (
+        f"rank {ranks.rank} of {ranks.ranks} has finished its share; {missing} prompts have no verdicts yet: the last rank to "
+        f"finish writes {out}"
+    )
+
+
 def write_summary(scores: Scores, out: Path) -> None:
     """Write summary.json."""
     write_text(out / SUMMARY_FILE, json.dumps(scores.document, indent=2) + "\n")
-
-
-def _write_changed(path: Path, text: str) -> None:
-    """Write a file unless it says so already: its time stays that of the last change."""
-    data = text.encode()
-    if not path.is_file() or path.read_bytes() != data:
-        write_bytes(path, data)

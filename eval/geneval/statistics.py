@@ -1,17 +1,13 @@
 """Scores with their uncertainty: task and overall means with bootstrap intervals over prompts.
 
-The images of one prompt are not independent, so the prompt is the unit that is resampled, within its task; the
-overall score is the mean of the task scores, as GenEval defines it, in every replicate. Two models are compared on the
+The overall score is the mean of the task scores, as GenEval defines it, in every replicate. Two models are compared on the
 prompts that both have, with the same prompts drawn for both: what makes a prompt hard for both then cancels.
 
 Legend of name suffixes: R bootstrap replicates, P prompts.
-
-Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,40 +16,16 @@ from rich import box
 from rich.table import Table
 
 from data_pipeline.geneval_text import TAGS
+from eval.geneval.intervals import Interval, mean_interval, percentiles, share_interval, share_replicates
 
-__all__ = [
-    "Difference",
-    "Interval",
-    "Summary",
-    "TaskScore",
-    "bootstrap_means",
-    "paired_difference",
-    "prompt_draws",
-    "score_table",
-    "summarize",
-    "wilson_interval",
-]
+__all__ = ["Difference", "Summary", "TaskScore", "overall_name", "paired_difference", "score_table", "summarize"]
 
-LEVEL = 0.95
-REPLICATES = 10_000
 FEWEST_DIFFERING = 6
 """Prompts on which two models must differ before they are told apart.
 
 A bootstrap of a handful of prompts is too sure of itself. Were two models equal, five prompts would all favour the same
 one in 2 of 2**5 cases, more than 5 %; six in 2 of 2**6.
 """
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate (a score in 0..1, or a difference of two) and the ends of its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -79,6 +51,11 @@ class TaskScore:
     per_prompt: Interval
 
 
+def overall_name(tasks: int) -> str:
+    """What the mean of so many tasks is called: "overall" alone is that of all six."""
+    return "overall" if tasks == len(TAGS) else f"overall ({tasks} of {len(TAGS)} tasks)"
+
+
 @dataclass(frozen=True)
 class Summary:
     """The scores of one set of results: its tasks in GenEval's order, and overall as the mean of the tasks."""
@@ -96,6 +73,16 @@ class Summary:
     def tags(self) -> tuple[str, ...]:
         """The tasks that have results, and 'overall'."""
         return tuple(score.tag for score in (*self.tasks, self.overall))
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The tasks that have none."""
+        return tuple(tag for tag in TAGS if tag not in self.tags)
+
+    @property
+    def overall_name(self) -> str:
+        """What the overall score is called: "overall (1 of 6 tasks)" where it is not of all."""
+        return overall_name(len(self.tasks))
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers, for `json.dumps`."""
@@ -133,44 +120,6 @@ class Difference:
         return "higher" if self.interval.value > 0 else "lower"
 
 
-def prompt_draws(prompts: int, rng: np.random.Generator, replicates: int = REPLICATES) -> NDArray[np.int64]:
-    """How often each bootstrap sample holds each prompt, int64 [R, P]; every row sums to P."""
-    return rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=replicates)
-
-
-def bootstrap_means(
-    totals_P: NDArray[np.float64],
-    weights_P: NDArray[np.float64],
-    rng: np.random.Generator,
-    replicates: int = REPLICATES,
-) -> NDArray[np.float64]:
-    """Means of `replicates` bootstrap samples of the prompts, float64 [R].
-
-    A prompt contributes `totals_P` right answers out of `weights_P`. Written out rather than taken from
-    `scipy.stats.bootstrap` because the overall score needs the replicates of each task.
-    """
-    counts_RP = prompt_draws(len(totals_P), rng, replicates)
-    return np.asarray((counts_RP @ totals_P) / (counts_RP @ weights_P), dtype=np.float64)
-
-
-def wilson_interval(right: int, total: int) -> Interval:
-    """The share of right answers among independent ones, with Wilson's score interval, which is no point at 0 and 1.
-
-    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
-    """
-    assert 0 <= right <= total > 0, (right, total)
-    z, share = NormalDist().inv_cdf((1 + LEVEL) / 2), right / total
-    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    reach = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
-    # Rounding may put an end a hair beyond 0, 1 or the share itself.
-    return Interval(share, max(0.0, min(share, center - reach)), min(1.0, max(share, center + reach)))
-
-
-def _interval(value: float, replicates_R: NDArray[np.float64]) -> Interval:
-    low, high = np.quantile(replicates_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(value), float(low), float(high))
-
-
 def paired_difference(
     tag: str,
     tasks: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
@@ -189,7 +138,7 @@ def paired_difference(
     )
     first = float(np.mean([first_P.mean() for first_P, _ in tasks]))
     second = float(np.mean([second_P.mean() for _, second_P in tasks]))
-    raw = _interval(second - first, gains_R)
+    raw = percentiles(second - first, gains_R)
     # Where all prompts differ alike the ends are the difference itself, up to rounding.
     interval = Interval(raw.value, min(raw.low, raw.value), max(raw.high, raw.value))
     return Difference(
@@ -239,8 +188,8 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Summary:
             continue
         correct_P, images_P = _prompt_counts(task_rows)
         any_P, one_P = (correct_P > 0).astype(np.float64), np.ones_like(correct_P)
-        by_image_R = bootstrap_means(correct_P, images_P, rng)
-        by_prompt_R = bootstrap_means(any_P, one_P, rng)
+        by_image_R = share_replicates(correct_P, images_P, rng)
+        by_prompt_R = share_replicates(any_P, one_P, rng)
         replicates.append((by_image_R, by_prompt_R))
         tasks.append(
             TaskScore(
@@ -249,8 +198,8 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Summary:
                 images=int(images_P.sum()),
                 correct=int(correct_P.sum()),
                 unreadable=sum(bool(row.get("unreadable")) for row in task_rows),
-                per_image=_interval(correct_P.sum() / images_P.sum(), by_image_R),
-                per_prompt=_interval(any_P.mean(), by_prompt_R),
+                per_image=share_interval(correct_P.sum() / images_P.sum(), by_image_R),
+                per_prompt=share_interval(any_P.mean(), by_prompt_R),
             )
         )
     overall = TaskScore(
@@ -259,12 +208,8 @@ def summarize(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Summary:
         images=sum(task.images for task in tasks),
         correct=sum(task.correct for task in tasks),
         unreadable=sum(task.unreadable for task in tasks),
-        per_image=_interval(
-            float(np.mean([task.per_image.value for task in tasks])), np.mean([r[0] for r in replicates], axis=0)
-        ),
-        per_prompt=_interval(
-            float(np.mean([task.per_prompt.value for task in tasks])), np.mean([r[1] for r in replicates], axis=0)
-        ),
+        per_image=mean_interval([task.per_image.value for task in tasks], [one for one, _ in replicates]),
+        per_prompt=mean_interval([task.per_prompt.value for task in tasks], [one for _, one in replicates]),
     )
     return Summary(tuple(tasks), overall)
 
@@ -292,7 +237,8 @@ def score_table(summary: Summary, ceilings: Mapping[str, Summary] | None = None,
             table.add_section()
         # Beside ceilings there is no room for another interval on a line of 80 characters.
         any_right = f"{score.per_prompt.value:.3f}" if ceilings else str(score.per_prompt)
-        cells = [score.tag, f"{score.correct}/{score.images}", str(score.per_image), any_right]
+        name = summary.overall_name.replace(" (", "\n(") if is_overall else score.tag
+        cells = [name, f"{score.correct}/{score.images}", str(score.per_image), any_right]
         for ceiling in ceilings.values():
             cells.append(f"{ceiling[score.tag].per_image.value:.3f}" if score.tag in ceiling.tags else "-")
         table.add_row(*cells, style="bold" if is_overall else None)

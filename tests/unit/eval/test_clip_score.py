@@ -13,7 +13,7 @@ from PIL import Image
 from eval import clip_score
 from eval.clip_score import Clip, clip_scores, mean_over_prompts
 from eval.geneval.clip_colors import find_clip
-from eval.geneval.statistics import Interval, bootstrap_means
+from eval.geneval.intervals import Interval, bootstrap_means
 
 TEXTS = ["a photo of a cow", "two stars", "", "a red circle left of a blue star " * 3]
 

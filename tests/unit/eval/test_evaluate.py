@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from torch import nn
 from eval.distances import FeatureSet, fid, kid
 from eval.evaluate import ClipOptions, evaluate, measure
 from eval.evaluate_table import print_scores
-from eval.files import read_jsonl
+from eval.files import files_sha256, read_jsonl
 from eval.inception import Inception
 from eval.pictures import list_pictures
-from eval.reference import ReferenceOptions, read_reference
+from eval.reference import ReferenceOptions, crop_warning, read_reference
 from t2i import cli
 
 MakeExport = Callable[..., Path]
@@ -195,6 +196,30 @@ def test_reference_pictures_are_cropped_where_asked(inception: Inception, tmp_pa
     assert np.abs(cropped.mu - whole.mu).max() > 1e-4
 
 
+def test_where_a_reference_comes_from_is_kept(inception: Inception, tmp_path: Path) -> None:
+    wide, saved = folder_of(tmp_path / "wide", 4), tmp_path / "wide.npz"
+    (wide / "003.png").write_bytes(b"damaged")
+    options = ReferenceOptions(wide, crop=True, save=saved)
+    compared, about = read_reference(inception, options, progress=False)
+    assert about["sha256"] == files_sha256(wide, [wide / f"{n:03d}.png" for n in range(3)])
+    assert crop_warning(compared, options) is None
+    loaded, of_file = read_reference(inception, ReferenceOptions(saved), progress=False)
+    assert of_file["sha256"] == sha256(saved.read_bytes()).hexdigest()
+    assert of_file["made"] == {"crop": True, "unreadable": 1, "pictures_sha256": about["sha256"]}
+    warning = crop_warning(loaded, ReferenceOptions(saved))
+    assert warning is not None
+    assert "wide.npz is of the largest central square of each picture" in warning
+    whole = tmp_path / "whole.npz"
+    read_reference(inception, ReferenceOptions(wide, save=whole), progress=False)
+    loaded, of_file = read_reference(inception, ReferenceOptions(whole), progress=False)
+    assert (of_file["made"]["crop"], crop_warning(loaded, ReferenceOptions(whole))) == (False, None)
+    # One of somebody else says nothing.
+    np.savez(tmp_path / "plain.npz", mu=loaded.mu, sigma=loaded.sigma)
+    plain = ReferenceOptions(tmp_path / "plain.npz", kid=False)
+    loaded, of_file = read_reference(inception, plain, progress=False)
+    assert (of_file["made"], crop_warning(loaded, plain)) == ({}, None)
+
+
 def test_one_picture_has_no_fid(inception: Inception, tmp_path: Path) -> None:
     reference, _ = read_reference(inception, ReferenceOptions(folder_of(tmp_path / "many", 3)), progress=False)
     with pytest.raises(ValueError, match="1 picture has no covariance"):
@@ -291,6 +316,45 @@ def test_the_command_scores_captioned_pictures(
     assert f"scores: {out}/scores.json" in shown
 
 
+def test_ranks_share_the_drawing_and_the_last_one_measures(
+    make_export: MakeExport,
+    small_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export, out = make_export(), tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = [export, "--prompts", tmp_path / "prompts.txt", "--clip", f"local-dir:{small_clip}"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    call(monkeypatch, *arguments, "--out", out)
+    assert "rank 1 of 2 has drawn its share; 2 pictures are missing" in capsys.readouterr().err
+    assert [path.parent.parent.name for path in out.glob("pictures/*/*/samples/*.png")] == ["00001"]
+    assert not (out / "scores.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    call(monkeypatch, *arguments, "--out", out)
+    shared = json.loads((out / "scores.json").read_text())
+    assert shared["pictures"] == 3
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    call(monkeypatch, *arguments, "--out", tmp_path / "alone")
+    assert json.loads((tmp_path / "alone/scores.json").read_text())["clip"] == shared["clip"]
+    # Nothing may be drawn before it is known that it can be measured, and pictures that are there are for one.
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for given, message in (
+        ([*arguments[:3], "--clip", "ViT-Z-99"], "ViT-Z-99 is no architecture"),
+        ([folder_of(tmp_path / "pictures", 2), *arguments[1:]], "is no export, and 2 ranks have no drawing to share"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(monkeypatch, *given, "--out", tmp_path / "none")
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_command_says_how_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches `evaluate`, which has no small Inception to open."""
     folder, given = folder_of(tmp_path / "pictures", 2), list[dict[str, Any]]()
@@ -329,3 +393,45 @@ def test_without_weights_nothing_is_drawn(
     assert line.startswith("error: CLIP ViT-L-14 openai is not on this machine")
     assert "--clip-pretrained DIR/open_clip_model.safetensors" in line
     assert not (export / "evaluate").exists()
+
+
+@pytest.mark.slow
+def test_fid_and_kid_by_the_command(
+    random_inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the true architecture with random weights, against a folder; FID as it follows from the features themselves."""
+    one, other = folder_of(tmp_path / "one", 3), folder_of(tmp_path / "other", 4, seed=1, brightness=180)
+    out, saved = tmp_path / "out", tmp_path / "other.npz"
+    call(
+        monkeypatch, one, "--reference", other, "--inception", random_inception, "--crop-reference", "--save-reference",
+        saved, "--no-clip-score", "--out", out, "--json",
+    )  # fmt: skip
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    assert document == json.loads((out / "scores.json").read_text())
+    network = Inception.open(random_inception, "clean")
+    reference = FeatureSet.load(saved, network.about)
+    with torch.inference_mode():
+        features = [network.embed(network.prepare(Image.open(path))[None])[0].numpy() for path in sorted(one.iterdir())]
+    own = FeatureSet.from_features(np.stack(features), {})
+    # The eigenvalues of a product of covariances are squares of singular values of the few centred features.
+    centred = [
+        (each.features - each.features.mean(0)).astype(np.float64) / (len(each.features) - 1) ** 0.5
+        for each in (own, reference)
+        if each.features is not None
+    ]
+    traces = sum(float((one * one).sum()) for one in centred)
+    expected = float(((own.mu - reference.mu) ** 2).sum()) + traces
+    expected -= 2 * float(np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum())
+    assert document["fid"]["value"] == pytest.approx(expected, rel=1e-3)
+    assert document["kid"]["value"] == pytest.approx(kid(own, reference).value, rel=1e-3)
+    assert document["kid"]["subset_size"] == 3
+    assert document["fid"]["features"] == 2048
+    assert document["inception"]["inception_sha256"] == sha256(random_inception.read_bytes()).hexdigest()
+    assert (document["pictures"], document["reference"]["pictures"], document["reference"]["crop"]) == (3, 4, True)
+    assert "warning: FID of 3 pictures against 4 is too high" in shown.err
+    call(monkeypatch, one, "--reference", saved, "--inception", random_inception, "--no-clip-score", "--no-kid")
+    shown = capsys.readouterr()
+    assert f"{document['fid']['value']:.2f}" in shown.out
+    assert "KID" not in shown.out
+    assert "other.npz is of the largest central square of each picture" in shown.err

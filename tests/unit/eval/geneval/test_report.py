@@ -102,6 +102,20 @@ def test_whether_published_scores_compare_is_said(
     assert words is None or words in html
 
 
+def test_an_overall_score_of_some_tasks_says_so(models: list[Results], page: str, tmp_path: Path) -> None:
+    some = replace(models[0], pictures=tuple(one for one in models[0].pictures if one.tag in ("colors", "counting")))
+    html = written([some], tmp_path)
+    overall = some.summary.overall.per_image
+    assert row(html, "per picture")[-1] == (f"{overall.value:.3f} {overall.low:.3f}–{overall.high:.3f} 2 of 6 tasks")
+    assert "overall (2 of 6 tasks), 95% interval" in text(html)
+    assert html.count("(2 of 6 tasks)") == 2  # and in the chart
+    assert "of those that there are" in html
+    assert "2 of 6 tasks" not in page
+    differing = written([models[0], replace(some, name="some")], tmp_path)
+    assert row(differing, "overall (2 of 6 tasks)")[-2] == "4"
+    assert "(tasks differ)" in differing
+
+
 def test_differences_of_two_models(models: list[Results], both: str) -> None:
     overall = [cells for cells in Page(both).rows if cells[0] == "overall"]
     assert len(overall) == 2

@@ -1,5 +1,6 @@
 """Reading results: ours and the published script's, names, pictures that have moved, and mistakes."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,20 @@ def test_a_summary_of_other_results_is_left_out(tmp_path: Path, capsys: pytest.C
     (tmp_path / "mine/summary.json").write_text(json.dumps(summary_of(rows)))
     results = read_results(tmp_path / "mine")
     assert (results.name, results.ceilings) == ("mine", {})
+    assert "summary.json is of other results" in capsys.readouterr().out
+
+
+def test_a_summary_of_as_many_right_ones_of_other_results_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [published_row(filename=name, correct=name == "a.png") for name in ("a.png", "b.png")]
+    file = results_file(tmp_path, *rows)
+    document = summary_of(rows, results_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    (tmp_path / "summary.json").write_text(json.dumps(document))
+    assert read_results(tmp_path).source.recipe is not None
+    assert capsys.readouterr().out == ""
+    results_file(tmp_path, *({**row, "correct": not row["correct"]} for row in rows))
+    assert read_results(tmp_path).source.recipe is None
     assert "summary.json is of other results" in capsys.readouterr().out
 
 

@@ -1,9 +1,13 @@
 """Scoring of folders in the published layout: the whole path on loaded models, ranks, resuming, odd folders."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from eval.geneval.detectors import Detector
 from eval.geneval.judges import Judge, load_judge
 from eval.geneval.options import JudgeOptions
 from eval.geneval.prompts import coco_prompts, shapes_prompts
-from eval.geneval.score import Scores, list_pictures, score_pictures, write_summary
+from eval.geneval.score import Scores, list_pictures, missing_prompts, score_pictures, unfinished, write_summary
 from eval.ranks import Ranks
 
 PUBLISHED_FIELDS = ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
@@ -149,7 +153,9 @@ def test_summary_json_says_what_the_verdicts_depend_on(whole: tuple[Path, Scores
     document = json.loads((out / "summary.json").read_text())
     assert (document["judge"], document["prompts"], document["prompts_by_pictures"]) == ("mask2former", 12, {"2": 12})
     made_from = document["made_from"]
-    assert made_from["clip"]["arch"] == f"local-dir:{small_clip}"
+    assert document["judge_files"]["clip"] == f"local-dir:{small_clip}"
+    assert made_from["libraries"]["torch"] == ".".join(version("torch").split(".")[:2])
+    assert {"numpy", "pillow", "transformers", "open-clip-torch", "torchvision"} < made_from["libraries"].keys()
     assert made_from["scoring"]["threshold"] == 0.02
     assert made_from["scoring"]["max_objects"] == 16
     assert document["scores"]["overall"]["images"] == 24
@@ -177,6 +183,75 @@ def test_ranks_and_batches_change_nothing(
         assert mine.keys() == others.keys()
         for name in mine:
             np.testing.assert_allclose(sorted(mine[name]), sorted(others[name]), atol=2e-4)
+
+
+def test_ranks_on_hosts_with_weights_in_other_places_share_the_work(
+    images: Path, neural: MakeJudge, small_detector: Path, small_clip: Path, tmp_path: Path
+) -> None:
+    """As with caches in other folders, a trailing slash, and files that no judge reads."""
+    detector, clip = tmp_path / "cache" / "detector", tmp_path / "cache" / "clip"
+    shutil.copytree(small_detector, detector)
+    shutil.copytree(small_clip, clip)
+    (detector / "notes.json").write_text("{}")
+    there = neural(detector=f"{detector}/", clip=f"local-dir:{clip}/")
+    prompts = list_pictures(images)
+    assert score_pictures(prompts, tmp_path / "out", neural(), ranks=Ranks(0, 2), progress=False) is None
+    scores = score_pictures(prompts, tmp_path / "out", there, ranks=Ranks(1, 2), progress=False)
+    assert scores is not None
+    assert len(scores.rows) == 24
+    assert scores.document["judge_files"]["detector"] == f"{detector}/"
+    one = neural(detector=f"{small_detector}/")
+    nothing = counting(one)
+    assert score_pictures(prompts, tmp_path / "out", one, progress=False) is not None
+    assert nothing.pictures == 0
+
+
+def test_a_file_of_weights_is_known_by_its_content(neural: MakeJudge, tmp_path: Path) -> None:
+    made = []
+    for name, content in (("a/one.pt", b"weights"), ("b/other.pt", b"weights"), ("c/one.pt", b"others")):
+        file = tmp_path / name
+        file.parent.mkdir()
+        file.write_bytes(content)
+        made.append(neural(clip="ViT-B-32", clip_pretrained=str(file)).made_from)
+    assert made[0] == made[1] != made[2]
+    other = neural(clip="ViT-L-14", clip_pretrained=str(tmp_path / "a/one.pt")).made_from
+    assert other != made[0]
+    gelu = neural(clip="ViT-B-32", clip_pretrained=str(tmp_path / "a/one.pt"), clip_quick_gelu=False).made_from
+    assert gelu != made[0]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "eval.geneval.judging",
+        "eval.geneval.detections",
+        "eval.geneval.scoring",
+        "eval.geneval.prompts",
+        "data_pipeline.images",
+    ],
+)
+def test_other_code_on_the_way_of_a_picture_judges_anew(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shapes_judge().made_from
+    source = inspect.getsource
+
+    def changed(of: ModuleType) -> str:
+        return source(of) + "# changed\n" * (of.__name__ == module)
+
+    monkeypatch.setattr("inspect.getsource", changed)
+    after = shapes_judge().made_from
+    assert after["code"] != before["code"]
+    assert {**after, "code": None} == {**before, "code": None}
+
+
+def test_other_libraries_judge_anew(neural: MakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, shapes_before = neural().made_from, shapes_judge().made_from
+    monkeypatch.setattr(
+        "eval.versions.version", lambda name: {"torch": "2.99.1+cpu", "pillow": "99.0"}.get(name, version(name))
+    )
+    after = neural().made_from
+    assert after["libraries"] == {**before["libraries"], "torch": "2.99", "pillow": "99.0"}
+    assert shapes_judge().made_from["libraries"] == {**shapes_before["libraries"], "pillow": "99.0"}
+    assert "open-clip-torch" not in neural(needs_colors=False).made_from["libraries"]
 
 
 class Counting:
@@ -266,6 +341,50 @@ def test_changed_pictures_and_other_thresholds_are_judged_again(drawn: Path, tmp
     assert third.summary["single_object"].correct == 0
 
 
+def test_results_of_an_earlier_call_do_not_stand_for_one_that_was_cut_off(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, prompts = tmp_path / "out", list_pictures(drawn)
+    first = score_pictures(prompts, out, shapes_judge(), progress=False)
+    assert first is not None
+    write_summary(first, out)
+    assert (
+        json.loads((out / "summary.json").read_text())["results_sha256"]
+        == sha256((out / "results.jsonl").read_bytes()).hexdigest()
+    )
+    before = {name: (out / name).read_bytes() for name in ("results.jsonl", "summary.json")}
+    capsys.readouterr()
+    assert score_pictures(prompts, out, shapes_judge(threshold=0.9), ranks=Ranks(0, 2), progress=False) is None
+    assert not {name for name in before if (out / name).exists()}
+    assert "results.jsonl, summary.json in" in capsys.readouterr().err
+    assert missing_prompts(prompts, out, shapes_judge(threshold=0.9)) == 6
+    # Their verdicts are kept: they are back at once, and stay as long as nothing else is asked for.
+    judge = shapes_judge()
+    nothing = counting(judge)
+    again = score_pictures(prompts, out, judge, progress=False)
+    assert again is not None
+    assert (nothing.pictures, again.rows) == (0, first.rows)
+    write_summary(again, out)
+    assert score_pictures(prompts, out, shapes_judge(), progress=False) is not None
+    assert (out / "summary.json").exists()
+    # Fewer pictures, all of them judged: the summary goes before other results come.
+    assert score_pictures(list_pictures(drawn)[:5], out, shapes_judge(), progress=False) is not None
+    assert not (out / "summary.json").exists()
+    # And a picture that is replaced while the call is cut off.
+    Image.new("RGB", (64, 64)).save(drawn / "00002/samples/0001.png")
+    cut = shapes_judge()
+    counting(cut, stop_after=0)
+    with pytest.raises(KeyboardInterrupt):
+        score_pictures(list_pictures(drawn), out, cut, progress=False)
+    assert not (out / "results.jsonl").exists()
+
+
+def test_who_has_finished_says_how_much_is_missing(tmp_path: Path) -> None:
+    assert "rank 1 of 3 has finished its share; 7 prompts have no verdicts yet" in unfinished(Ranks(1, 3), tmp_path, 7)
+    with pytest.raises(ValueError, match="pictures of 2 prompts changed while they were judged; run the same command"):
+        unfinished(Ranks(), tmp_path, 2)
+
+
 def test_a_picture_that_cannot_be_read_is_named_and_counted(drawn: Path, tmp_path: Path) -> None:
     broken = drawn / "00001/samples/0002.png"
     broken.write_bytes(broken.read_bytes()[:200])
@@ -297,6 +416,14 @@ def test_prompts_may_differ_in_pictures(drawn: Path, tmp_path: Path) -> None:
     assert scores.remarks == [
         "1 prompts have no pictures and are not in the scores: 3",
         "prompts differ in pictures: 1 have 2, 9 have 3",
+    ]
+    assert scores.document["tasks_missing"] == []
+    colors = [prompt for prompt in list_pictures(drawn) if prompt.metadata["tag"] == "colors"]
+    one = score_pictures(colors, tmp_path / "colors", shapes_judge(), progress=False)
+    assert one is not None
+    assert one.document["tasks_missing"] == ["single_object", "two_object", "counting", "position", "color_attr"]
+    assert one.remarks == [
+        "overall (1 of 6 tasks): the mean of what is there, without single_object, two_object, counting, position, color_attr"
     ]
     few = score_pictures(list_pictures(drawn, 1), tmp_path / "few", shapes_judge(), progress=False)
     assert few is not None

@@ -9,7 +9,7 @@ import scipy.stats
 from rich.console import Console
 
 from data_pipeline.geneval_text import TAGS
-from eval.geneval.statistics import Interval, bootstrap_means, score_table, summarize, wilson_interval
+from eval.geneval.statistics import score_table, summarize
 
 
 def rows_of(tag: str, right: list[int], images: int = 4) -> list[dict[str, Any]]:
@@ -48,23 +48,26 @@ def test_images_of_a_prompt_are_not_taken_for_independent() -> None:
     spread = summarize(rows_of("colors", [2] * 50))["colors"].per_image
     assert together.value == spread.value == 0.5
     assert together.high - together.low > 0.2
-    assert spread.high == spread.low == 0.5
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(5)
-    chance = 0.7
-    hits = 0
-    for _ in range(200):
-        right = rng.binomial(1, chance, size=80).astype(float)
-        low, high = np.quantile(bootstrap_means(right, np.ones(80), rng, replicates=500), [0.025, 0.975])
-        hits += low <= chance <= high
-    assert 0.88 <= hits / 200 <= 0.99
+    assert 0 < spread.high - spread.low < 0.05
 
 
 def test_prompts_weigh_by_their_images() -> None:
     rows = rows_of("colors", [1], images=1) + [{"tag": "colors", "metadata": "x", "correct": False}] * 3
     assert summarize(rows)["colors"].per_image.value == 0.25
+
+
+def test_all_right_and_all_wrong_are_no_points() -> None:
+    right, wrong = (summarize(rows_of("colors", [count] * 80)) for count in (4, 0))
+    for name in ("per_image", "per_prompt"):
+        one, other = getattr(right["colors"], name), getattr(wrong["colors"], name)
+        assert (one.value, one.high) == (1.0, 1.0)
+        assert (other.value, other.low) == (0.0, 0.0)
+        assert one.low == pytest.approx(0.969, abs=0.002)  # Jeffreys's of 80 of 80
+        assert other.high == pytest.approx(0.031, abs=0.002)
+        assert getattr(right.overall, name) == one  # of one task, overall is that task
+    six = summarize([row for tag in TAGS for row in rows_of(tag, [4] * 80)])
+    assert six.overall.per_image.high == 1.0
+    assert six["colors"].per_image.low < six.overall.per_image.low < 1.0
 
 
 def test_the_same_rows_give_the_same_intervals_and_json() -> None:
@@ -91,24 +94,23 @@ def test_table_has_tasks_overall_and_ceilings() -> None:
         assert word in text
 
 
+def test_an_overall_score_of_some_tasks_says_so() -> None:
+    some = summarize(rows_of("colors", [4, 2]) + rows_of("counting", [1, 0]))
+    assert some.overall_name == "overall (2 of 6 tasks)"
+    assert some.missing == ("single_object", "two_object", "position", "color_attr")
+    for ceilings in (None, {"ground truth": some}):
+        lines = rendered(score_table(some, ceilings))
+        assert "(2 of 6 tasks)" in lines
+    every = summarize([row for tag in TAGS for row in rows_of(tag, [1])])
+    assert (every.overall_name, every.missing) == ("overall", ())
+    assert "tasks)" not in rendered(score_table(every))
+
+
 def rendered(table: Any) -> str:
     console = Console(width=160)
     with console.capture() as shown:
         console.print(table)
     return shown.get()
-
-
-def test_interval_reads_well() -> None:
-    assert str(Interval(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
-
-
-@pytest.mark.parametrize(("right", "total"), [(0, 8), (8, 8), (1, 3), (37, 128), (128, 128), (1, 1)])
-def test_wilsons_interval_agrees_with_scipy(right: int, total: int) -> None:
-    ours = wilson_interval(right, total)
-    theirs = scipy.stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
-    assert ours.value == right / total
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-    assert 0 <= ours.low <= ours.value <= ours.high <= 1
 
 
 def test_nothing_to_summarise_and_unknown_tasks_are_errors() -> None:
