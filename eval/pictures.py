@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from PIL import Image
 
-from data_pipeline.images import IMAGE_SUFFIXES, open_rgb
+from data_pipeline.images import IMAGE_SUFFIXES, read_rgb
 from data_pipeline.picture_folder import PictureFolder
 from data_pipeline.tables import TABLE_SUFFIXES, BadRow, read_table
 from eval.ahead import done_ahead
@@ -226,8 +226,7 @@ def read_ahead(
 
 def _read(number: int, path: Path, prepare: Callable[[Image.Image], Prepared]) -> Found[Prepared]:
     try:
-        image = open_rgb(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Found(number, None, reason)
+        image = read_rgb(path)
+    except ValueError as error:
+        return Found(number, None, str(error))
     return Found(number, prepare(image))
