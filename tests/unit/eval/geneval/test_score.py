@@ -336,7 +336,7 @@ def break_folder(folder: Path, what: str) -> None:
         case "odd tag":
             metadata.write_text('{"tag": "cows", "include": [], "prompt": ""}')
         case "odd clause":
-            metadata.write_text('{"tag": "colors", "include": [{"class": "star"}], "prompt": ""}')
+            metadata.write_text('{"tag": "colors", "include": [{"class": "star"}], "prompt": "a star"}')
         case "other class":
             metadata.write_text(json.dumps(PROMPTS[0]))
         case "twice":
@@ -359,7 +359,7 @@ def break_folder(folder: Path, what: str) -> None:
         ("no object", "00001/metadata.jsonl is not one JSON object"),
         ("no tag", "00001/metadata.jsonl lacks tag"),
         ("odd tag", "00001/metadata.jsonl has task 'cows'; it must be one of single_object"),
-        ("odd clause", "00001/metadata.jsonl has clauses without class or count"),
+        ("odd clause", "00001/metadata.jsonl: include 1 has no count"),
         ("other class", "asks for .*, which the judge 'shapes' does not know; choose the other judge"),
         ("twice", "has picture 1 twice: 0001.png and 1.png"),
         ("two folders", "there are two folders of prompt 1"),
