@@ -318,6 +318,20 @@ def test_layouts_of_others_are_read(tmp_path: Path) -> None:
     (prompt,) = list_pictures(tmp_path / "images")
     assert prompt.number == 7
     assert [path.name for path in prompt.files] == ["00001.webp", "2.PNG", "10.png"]
+    assert [path.name for path in prompt.ignored] == ["a1.png", "notes.txt"]
+
+
+def test_files_that_do_not_count_are_named(drawn: Path, tmp_path: Path) -> None:
+    for name in ("00000/samples/0003.gif", "00002/samples/image.png", "00002/samples/.hidden"):
+        (drawn / name).touch()
+    scores = score_pictures(list_pictures(drawn), tmp_path / "out", shapes_judge(), progress=False)
+    assert scores is not None
+    assert scores.summary.overall.images == 36
+    ignored = ["../images/00000/samples/0003.gif", "../images/00002/samples/image.png"]
+    assert scores.document["ignored_files"] == ignored
+    assert scores.remarks == [
+        "2 files under samples/ are no numbered pictures (jpg, jpeg, png, webp) and are left out: " + ", ".join(ignored)
+    ]
 
 
 def break_folder(folder: Path, what: str) -> None:
