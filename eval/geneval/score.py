@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.atomic import write_bytes
+from data_pipeline.atomic import remove_leftovers, write_bytes
 from data_pipeline.images import IMAGE_SUFFIXES
 from eval.files import json_sha256, write_text
 from eval.geneval.judges import Judge
@@ -198,6 +198,7 @@ def score_pictures(
     judge.check_prompts([prompt.metadata for prompt in shown])
 
     parts = _Parts(out, judge.made_from)
+    remove_leftovers(out / PARTS)
     mine = [prompt for prompt in shown if ranks.owns(prompt.number)]
     missing = [prompt for prompt in mine if parts.load(prompt) is None]
     total = sum(len(prompt.files) for prompt in mine)

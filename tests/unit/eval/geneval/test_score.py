@@ -1,7 +1,10 @@
 """Scoring of folders in the published layout: the whole path on loaded models, ranks, resuming, odd folders."""
 
 import json
+import os
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +247,17 @@ def test_a_run_that_was_cut_off_goes_on(drawn: Path, tmp_path: Path) -> None:
     assert score_pictures(prompts, out, third, progress=False) is not None
     assert nothing.pictures == 0
     assert (out / "results.jsonl").stat().st_mtime_ns == results
+
+
+def test_what_a_killed_rank_left_is_removed(drawn: Path, tmp_path: Path) -> None:
+    assert score_pictures(list_pictures(drawn), tmp_path / "out", shapes_judge(), progress=False) is not None
+    (part,) = (tmp_path / "out/parts").glob("*/00003.json")
+    left = part.with_name(f".{part.name}.partial.{socket.gethostname()}.1")
+    left.write_text("half of i")
+    os.utime(left, (time.time() - 120,) * 2)
+    assert score_pictures(list_pictures(drawn), tmp_path / "out", shapes_judge(), progress=False) is not None
+    assert part.exists()
+    assert not left.exists()
 
 
 def test_changed_pictures_and_other_thresholds_are_judged_again(drawn: Path, tmp_path: Path) -> None:
