@@ -81,7 +81,8 @@ def samples_of(folder: Path) -> Samples:
 
     Raises ValueError for two of one number.
     """
-    found, ignored = [], []
+    found: list[Path] = []
+    ignored: list[Path] = []
     for path in sorted((folder / SAMPLES).glob("[!.]*")):
         numbered = path.stem.isdecimal() and path.suffix[1:].lower() in IMAGE_SUFFIXES and path.is_file()
         (found if numbered else ignored).append(path)
