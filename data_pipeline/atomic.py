@@ -10,11 +10,13 @@ import fcntl
 import glob
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
 _BUFFER: Final = 1 << 20
+_SECONDS_TO_LOCK: Final = 60
 
 
 @contextlib.contextmanager
@@ -55,12 +57,14 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes of this host left anywhere in a folder.
 
     For the start of a command that fills the folder. A file that somebody is still writing is locked, and stays; so does
-    every one where the file system has no locks.
+    every one where the file system has no locks, and one that was written to within the last minute, whose writer may not
+    have come to locking it.
     """
     for leftover in folder.rglob(f".*.partial.{glob.escape(socket.gethostname())}.*"):
         with contextlib.suppress(OSError), open(leftover, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+            if time.time() - os.fstat(stream.fileno()).st_mtime > _SECONDS_TO_LOCK:
+                leftover.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -6,10 +6,11 @@ tokenizer sees. Shape suffixes: S side in pixels, C channels.
 
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES: Final = ("jpg", "jpeg", "png", "webp")
 CROP_POLICY: Final = "center-square-bicubic-v1"
@@ -19,6 +20,16 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP")
 # A JPEG of several pictures is a still in two qualities or from two eyes, not an animation.
 _ANIMATED: Final = ("PNG", "WEBP")
 _EXIF_ORIENTATION: Final = 0x0112
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation; with any other it is upright."""
 _WHITE: Final = (255, 255, 255)
 
 
@@ -36,6 +47,18 @@ def open_rgb(data: bytes) -> Image.Image:
     readable picture, or unpack to more pixels than Pillow's decompression-bomb limit.
     """
     return next(_frames(data))[0]
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """The picture in a file, as `open_rgb` decodes it.
+
+    Raises ValueError with the reason, which does not name the file, where that is missing, may not be read or is no picture.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    return open_rgb(data)
 
 
 def open_frames(data: bytes) -> list[Image.Image]:
@@ -85,7 +108,7 @@ def _frames(data: bytes) -> Iterator[tuple[Image.Image, int]]:
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):
             reason = "not a JPEG, PNG or WebP file"
-        raise ValueError(f"undecodable picture of {len(data)} bytes: {reason}") from error
+        raise ValueError(f"undecodable picture of {len(data)} bytes: {' '.join(reason.split())}") from error
 
 
 def center_crop_resize(image: Image.Image, size: int) -> np.ndarray:
@@ -105,11 +128,12 @@ def center_crop_resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose also writes the EXIF block anew, which fails where an entry that nobody needs is malformed.
     try:
-        turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a malformed EXIF block says nothing about the pixels, which are fine
         return image
-    return ImageOps.exif_transpose(image) if turned else image
+    return image if turn is None else image.transpose(turn)
 
 
 def _over_white(image: Image.Image) -> Image.Image:

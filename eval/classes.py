@@ -32,9 +32,11 @@ from data_pipeline import clips, shapes
 from eval.files import write_jsonl, write_text
 from eval.generate import picture_seed
 from eval.geneval.detections import Detection
-from eval.geneval.detectors import Detector, load_detector
+from eval.geneval.detectors import Detector
 from eval.geneval.intervals import Interval, wilson_interval
+from eval.geneval.judges import load_judge
 from eval.geneval.judging import batched
+from eval.geneval.options import JudgeOptions
 from eval.geneval.scoring import keep_detections
 from t2i.animation import save_clips
 from t2i.devices import choose_device
@@ -182,7 +184,7 @@ def score_classes(
     Args:
         export: What `t2i export` wrote.
         out: Folder for the files.
-        judge: Name of the detector; see `eval.geneval.detectors`.
+        judge: Its name; see `eval.geneval.judges`.
         samples: Pictures or clips of each class.
         batch_size: Pictures or clips drawn or judged at once.
         seed: Other seeds draw other samples.
@@ -194,7 +196,12 @@ def score_classes(
         raise ValueError(f"samples ({samples}) and batch size ({batch_size}) must be at least 1")
     description = read_description(export)
     classes = _meanings(description, export)
-    detector = load_detector(judge)
+    judging = load_judge(judge, JudgeOptions(), needs_colors=False)
+    if unknown := [meaning.shape for meaning in classes if meaning.shape not in judging.classes]:
+        raise ValueError(
+            f"{export} draws a {unknown[0]}, which the judge {judge!r} does not know; choose another judge"
+        )
+    detector = judging.detector
     pipe = TextToImagePipeline.from_pretrained(export, choose_device())
     labels = [label for label in range(len(classes)) for _ in range(samples)]
     meanings = [classes[label] for label in labels]

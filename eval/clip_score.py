@@ -29,9 +29,8 @@ from tqdm import tqdm
 from eval.geneval.clip_colors import ClipWeights, load_clip
 from eval.geneval.intervals import REPLICATES, Interval, bootstrap_means, percentiles
 
-__all__ = ["PUBLISHED_PREFIX", "Clip", "ClipScores", "clip_scores", "mean_over_prompts"]
+__all__ = ["Clip", "ClipScores", "clip_scores", "mean_over_prompts"]
 
-PUBLISHED_PREFIX = "A photo depicts "
 _COUNTS = 2**23
 """Numbers of a table of bootstrap draws, at most: with all replicates of 30,000 prompts at once it would take 2.4 GB."""
 

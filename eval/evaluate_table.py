@@ -51,7 +51,7 @@ def print_scores(document: dict[str, Any], as_json: bool = False) -> None:
         if bad:
             total = counted["pictures"] + len(bad)
             print(f"warning: {len(bad):,} of {total:,} {where} could not be read and are left out", file=sys.stderr)
-    for warning in document["warnings"]:
+    for warning in [*document.get("reference", {}).get("warnings", []), *document["warnings"]]:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(document, indent=2))

@@ -8,7 +8,9 @@ from typing import Any
 
 from data_pipeline.atomic import write_bytes
 
-__all__ = ["file_sha256", "files_sha256", "json_sha256", "read_jsonl", "write_jsonl", "write_text"]
+__all__ = [
+    "file_sha256", "files_sha256", "json_sha256", "read_jsonl", "read_numbered_jsonl", "write_jsonl", "write_text",
+]  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,15 +24,25 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object per line, skipping empty lines.
+    """Read a file of one JSON object per line, skipping empty lines. Raises ValueError as `read_numbered_jsonl` does."""
+    return [row for _, row in read_numbered_jsonl(path)]
+
+
+def read_numbered_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read a file of one JSON object per line, each with the number of its line, from 1; empty lines are skipped.
 
     Raises:
-        ValueError: the file is missing or a line is no JSON object; names the file and line.
+        ValueError: the file is missing or no UTF-8, or a line is no JSON object; names the file and line.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the path of a .jsonl file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: strings of JSON may hold other characters that end a line.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -39,7 +51,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number} is not JSON ({error}); fix or delete the line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is {line[:40]!r}; each line must be a JSON object")
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 

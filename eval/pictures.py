@@ -7,6 +7,7 @@ A folder is one of three kinds: GenEval's published layout (`00000/metadata.json
 a `.txt` caption beside each, or just pictures, whose prompts may stand in a file of their own, in the order of the names.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any, Generic, TypeVar
 
 from PIL import Image
 
-from data_pipeline.images import IMAGE_SUFFIXES, open_rgb
+from data_pipeline.images import IMAGE_SUFFIXES, read_rgb
 from data_pipeline.picture_folder import PictureFolder
 from data_pipeline.tables import TABLE_SUFFIXES, BadRow, read_table
 from eval.ahead import done_ahead
-from t2i.files import read_json
+from eval.layout import GRID_FILE, METADATA_FILE, is_layout, prompt_folders, read_metadata, samples_of, some
 
-__all__ = ["Found", "PictureSet", "Unreadable", "is_geneval_layout", "list_pictures", "read_ahead", "read_prompt_file"]
+__all__ = ["Found", "PictureSet", "Unreadable", "list_pictures", "read_ahead", "read_prompt_file"]
 
 Prepared = TypeVar("Prepared")
 
@@ -36,12 +37,14 @@ class PictureSet:
         names: Of the files, with `/`.
         prompts: What was asked for; empty where nobody knows.
         prompt_of: For each picture the index of its prompt; empty without prompts.
+        remarks: A line each about what else lies there, or is missing.
     """
 
     root: Path
     names: tuple[str, ...]
     prompts: tuple[str, ...] = ()
     prompt_of: tuple[int, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.prompt_of) == (len(self.names) if self.prompts else 0)
@@ -112,11 +115,6 @@ def _cell(row: Any, name: str) -> Any:
     return None if isinstance(row, BadRow) else row.get(name)
 
 
-def is_geneval_layout(folder: Path) -> bool:
-    """Whether the folder holds pictures in GenEval's published layout."""
-    return next(folder.glob("[0-9]*/metadata.jsonl"), None) is not None
-
-
 def list_pictures(
     folder: Path,
     prompts: Sequence[str] | None = None,
@@ -126,10 +124,12 @@ def list_pictures(
     """The pictures of a folder, of any of the three kinds.
 
     Args:
-        folder: JPEG, PNG and WebP files in it and in folders below count; of GenEval's layout those under `samples`.
+        folder: JPEG, PNG and WebP files in it and in folders below count; of GenEval's layout those that
+            `eval.layout` finds, by number, as `t2i geneval score` does: prompts without pictures are left out.
         prompts: Of a folder that does not say itself: prompt i belongs to the i-th `images_per_prompt` pictures in order of
             their names (as numbers, where all names are numbers).
-        images_per_prompt: With `prompts` 1 when not given. Of GenEval's layout: the first so many of each, all when not given.
+        images_per_prompt: With `prompts` 1 when not given. Of GenEval's layout: the first so many of each at most, all
+            when not given.
         captions: Whether prompts are wanted at all; `.txt` files and metadata are not read otherwise.
 
     Raises ValueError where there are no pictures, or fewer than there should be, and where only some have captions.
@@ -138,7 +138,7 @@ def list_pictures(
         raise ValueError(f"images per prompt is {images_per_prompt}; it must be at least 1")
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one that holds pictures")
-    if is_geneval_layout(folder):
+    if is_layout(folder):
         if prompts is not None:
             raise ValueError(f"{folder} names the prompt of each picture in its metadata.jsonl; leave the prompts out")
         return _geneval_layout(folder, images_per_prompt, captions)
@@ -167,25 +167,42 @@ def _geneval_layout(folder: Path, images_per_prompt: int | None, captions: bool)
     names: list[str] = []
     prompts: list[str] = []
     prompt_of: list[int] = []
-    for index, metadata in enumerate(sorted(folder.glob("[0-9]*/metadata.jsonl"))):
-        home = metadata.parent
-        files = sorted(
-            path.relative_to(folder).as_posix()
-            for path in (home / "samples").glob("[!.]*")
-            if path.suffix[1:].lower() in IMAGE_SUFFIXES
+    bare: list[str] = []
+    ignored: list[str] = []
+    everything: set[str] = set()
+    for home in prompt_folders(folder):
+        metadata, found = read_metadata(home) if captions else {}, samples_of(home)
+        files = [path.relative_to(folder).as_posix() for path in found.files]
+        ignored += [path.relative_to(folder).as_posix() for path in found.ignored]
+        everything |= {*files, (home / GRID_FILE).relative_to(folder).as_posix()}
+        if not files:
+            bare.append(home.name)
+            continue
+        prompt = metadata.get("prompt")
+        if captions and (not isinstance(prompt, str) or not prompt.strip()):
+            raise ValueError(f"{home / METADATA_FILE} names no prompt; it must be a JSON object with one")
+        chosen = files[:images_per_prompt]
+        names += chosen
+        prompt_of += [len(prompts)] * len(chosen)
+        prompts.append(str(prompt))
+    if not names:
+        raise ValueError(f"none of the {len(bare):,} prompts in {folder} has a picture; generate some first")
+    everything.update(ignored)
+    ignored += [name for name in PictureFolder(folder).pictures if name not in everything]
+    remarks = []
+    if bare:
+        remarks.append(f"{len(bare):,} prompts in {folder} have no pictures and are left out: {some(bare)}")
+    counts = Counter(Counter(prompt_of).values())
+    if captions and len(counts) > 1:
+        by_pictures = ", ".join(f"{number:,} have {pictures:,}" for pictures, number in sorted(counts.items()))
+        remarks.append(f"prompts in {folder} differ in pictures: {by_pictures}")
+    if ignored:
+        remarks.append(
+            f"{len(ignored):,} files in {folder} are no numbered pictures of a prompt and are left out: {some(ignored)}"
         )
-        if len(files) < (images_per_prompt or 1):
-            raise ValueError(
-                f"{home} has {len(files)} pictures of {images_per_prompt or 1}; draw those that are missing"
-            )
-        names += files[:images_per_prompt]
-        prompt_of += [index] * len(files[:images_per_prompt])
-        if captions:
-            prompt = read_json(metadata).get("prompt")
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(f"{metadata} names no prompt; it must be a JSON object with one")
-            prompts.append(prompt)
-    return PictureSet(folder, tuple(names), tuple(prompts), tuple(prompt_of) if captions else ())
+    if not captions:
+        return PictureSet(folder, tuple(names), remarks=tuple(remarks))
+    return PictureSet(folder, tuple(names), tuple(prompts), tuple(prompt_of), tuple(remarks))
 
 
 def _in_order(folder: Path, names: tuple[str, ...], prompts: Sequence[str], images_per_prompt: int) -> PictureSet:
@@ -226,8 +243,7 @@ def read_ahead(
 
 def _read(number: int, path: Path, prepare: Callable[[Image.Image], Prepared]) -> Found[Prepared]:
     try:
-        image = open_rgb(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Found(number, None, reason)
+        image = read_rgb(path)
+    except ValueError as error:
+        return Found(number, None, str(error))
     return Found(number, prepare(image))

@@ -106,5 +106,9 @@ def crop_warning(compared: FeatureSet, options: ReferenceOptions) -> str | None:
 
 
 def counted(pictures: PictureSet, unreadable: Sequence[Unreadable]) -> dict[str, Any]:
-    """What scores.json says of how many pictures were read, and of which were not."""
-    return {"pictures": len(pictures.names) - len(unreadable), "unreadable": [asdict(one) for one in unreadable]}
+    """What scores.json says of how many pictures were read, of which were not, and of what else is odd about them."""
+    return {
+        "pictures": len(pictures.names) - len(unreadable),
+        "unreadable": [asdict(one) for one in unreadable],
+        "warnings": list(pictures.remarks),
+    }

@@ -1,4 +1,4 @@
-"""The interfaces that every judge implements, and the judges by name.
+"""The interfaces that every judge implements; `eval.geneval.judges` has the judges by name.
 
 A `Detector` finds objects; a `ColorClassifier` tells the colours of those that a prompt asks about. The shapes
 judge does both at once and leaves its colours in the detections. Scoring and reports know only these interfaces.
@@ -9,9 +9,8 @@ from typing import Protocol
 
 from eval.geneval.detections import Box, Detection, Image
 from eval.geneval.scoring import ScoringOptions
-from eval.geneval.shapes_judge import ShapesJudge
 
-__all__ = ["Box", "ColorClassifier", "Detection", "Detector", "Image", "ShapesJudge", "load_detector"]
+__all__ = ["Box", "ColorClassifier", "Detection", "Detector", "Image"]
 
 
 class Detector(Protocol):
@@ -33,17 +32,3 @@ class ColorClassifier(Protocol):
     def classify(self, objects: Sequence[tuple[Image, Detection]]) -> list[str]:
         """The colour of each object, given the picture it was found in, in order."""
         ...
-
-
-_JUDGES = {"shapes": ShapesJudge}
-
-
-def load_detector(name: str) -> Detector:
-    """The judge of that name.
-
-    Raises:
-        ValueError: no such judge.
-    """
-    if name not in _JUDGES:
-        raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(_JUDGES)}")
-    return _JUDGES[name]()

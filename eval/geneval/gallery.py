@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.geneval_text import TAGS
+from data_pipeline.images import read_rgb
 from eval.geneval.results import Found, Judged, Results
 
 __all__ = ["LARGEST_SIDE", "Gallery", "make_gallery"]
@@ -62,12 +63,10 @@ def _copy(path: Path | None, side: int) -> _Copy:
     if path is None:
         return _Copy(None, 0, 0, "not found")
     try:
-        with Image.open(path) as image:
-            size = image.size
-            picture = image.convert("RGB")
-    # Pillow raises nearly anything on damaged files, and one of them must not cost the page.
-    except Exception as error:
-        return _Copy(None, 0, 0, f"cannot be read: {type(error).__name__}")
+        picture = read_rgb(path)  # as the judge saw it: the boxes are in its pixels
+    except ValueError as error:
+        return _Copy(None, 0, 0, f"cannot be read: {error}")
+    size = picture.size
     lossless = max(size) <= LOSSLESS_SIDE
     if not lossless:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)

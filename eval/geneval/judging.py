@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image as PillowImage
-from PIL import ImageOps
 from tqdm import tqdm
 
+from data_pipeline.images import read_rgb
 from eval.ahead import done_ahead
 from eval.geneval.detections import Detection, Image
 from eval.geneval.detectors import ColorClassifier, Detector
@@ -20,9 +19,6 @@ from eval.geneval.scoring import color_candidates, judge_picture, keep_detection
 __all__ = ["Picture", "batched", "judge_pictures", "judged", "read_picture", "read_pictures"]
 
 Item = TypeVar("Item")
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, PillowImage.DecompressionBombError)
-"""What Pillow's readers make of missing, damaged and absurd files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +46,11 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def read_picture(path: Path, filename: str, metadata: Metadata) -> Picture:
-    """A picture from its file, turned as its EXIF says; one with a `problem` where that is missing or damaged."""
+    """A picture from its file, as `data_pipeline.images.open_rgb` decodes it; with a `problem` where it cannot be read."""
     try:
-        with PillowImage.open(path) as image:
-            return Picture(filename, metadata, np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
-    except UNREADABLE as error:
-        return Picture(filename, metadata, None, type(error).__name__)
+        return Picture(filename, metadata, np.asarray(read_rgb(path)))
+    except ValueError as error:
+        return Picture(filename, metadata, None, str(error))
 
 
 def read_pictures(files: Iterable[tuple[Path, str, Metadata]], ahead: int = 32) -> Iterator[Picture]:

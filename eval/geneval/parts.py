@@ -18,11 +18,15 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class PromptPictures:
-    """The pictures of one prompt: its number, which the ranks share the work by, its metadata, and the files."""
+    """The pictures of one prompt: its number, which the ranks share the work by, its metadata, and the files.
+
+    `ignored` are other files beside them, which are no numbered pictures.
+    """
 
     number: int
     metadata: Metadata
     files: tuple[Path, ...]
+    ignored: tuple[Path, ...] = ()
 
 
 def _identity(path: Path) -> list[int] | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline import shapes
 from data_pipeline.geneval_text import TAGS, prompt_for
-from eval.files import read_jsonl, write_jsonl, write_text
+from eval.files import read_numbered_jsonl, write_jsonl, write_text
 
 __all__ = [
     "COCO_CLASSES",
@@ -150,23 +150,70 @@ def read_prompts(path: Path) -> list[Metadata]:
     """Read the metadata entries of a folder written by `write_prompts`, or of one such .jsonl file.
 
     Raises:
-        ValueError: no such file, no entries, or an entry lacks its tag, include list or prompt.
+        ValueError: no such file, no entries, or one that `check_metadata` refuses.
     """
     file = path / METADATA_FILE if path.is_dir() else path
-    entries = read_jsonl(file)
+    entries = read_numbered_jsonl(file)
     if not entries:
         raise ValueError(f"{file} holds no prompts; write them with `t2i geneval prompts --out FOLDER`")
-    for number, entry in enumerate(entries, start=1):
-        check_metadata(entry, f"{file} entry {number}")
-    return entries
+    for number, entry in entries:
+        check_metadata(entry, f"{file} line {number}")
+    return [entry for _, entry in entries]
 
 
 def check_metadata(entry: Metadata, where: str) -> None:
-    """Raise ValueError unless an entry says what scoring needs: its task, prompt, and clauses of class and count."""
+    """Raise ValueError, which begins with `where`, unless an entry can be judged as it means.
+
+    It needs a task, a prompt, and at least one clause of class and count, with a colour of `COLORS` and a relation of
+    `RELATIONS` to an earlier clause where it names such: with anything else every picture would be wrong, or right.
+    """
     if missing := [key for key in ("tag", "include", "prompt") if key not in entry]:
         raise ValueError(f"{where} lacks {', '.join(missing)}; it is no GenEval metadata")
-    if entry["tag"] not in TAGS:
-        raise ValueError(f"{where} has task {entry['tag']!r}; it must be one of {', '.join(TAGS)}")
-    clauses = [*entry["include"], *entry.get("exclude", [])]
-    if not all(isinstance(clause, dict) and {"class", "count"} <= clause.keys() for clause in clauses):
-        raise ValueError(f"{where} has clauses without class or count; it is no GenEval metadata")
+    tag, prompt, include, exclude = entry["tag"], entry["prompt"], entry["include"], entry.get("exclude", [])
+    if tag not in TAGS:
+        raise ValueError(f"{where} has task {tag!r:.80}; it must be one of {', '.join(TAGS)}")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where} has prompt {prompt!r:.80}; it must be the sentence that pictures are drawn of")
+    if not isinstance(include, list) or not include:
+        raise ValueError(
+            f"{where} has include {include!r:.80}; it must be a list of the objects asked for, at least one"
+        )
+    if not isinstance(exclude, list):
+        raise ValueError(f"{where} has exclude {exclude!r:.80}; it must be a list, or left out")
+    for number, clause in enumerate(include):
+        what = f"{where}: include {number + 1}"
+        _check_clause(clause, what)
+        if "color" in clause and clause["color"] not in COLORS:
+            raise ValueError(f"{what} has color {clause['color']!r:.80}; it must be one of {', '.join(COLORS)}")
+        if "position" in clause and not _is_position(clause["position"], number):
+            raise ValueError(
+                f"{what} has position {clause['position']!r:.80}; it must be [RELATION, N], one of {', '.join(RELATIONS)} and "
+                "the number of an earlier object, from 0"
+            )
+    for number, clause in enumerate(exclude, start=1):
+        what = f"{where}: exclude {number}"
+        _check_clause(clause, what)
+        if ignored := [key for key in ("color", "position") if key in clause]:
+            raise ValueError(f"{what} has a {ignored[0]}, which is not judged there; delete it")
+
+
+def _check_clause(clause: Any, what: str) -> None:
+    if not isinstance(clause, dict):
+        raise ValueError(f"{what} is {clause!r:.80}; it must be an object with class and count")
+    if "class" not in clause:
+        raise ValueError(f"{what} has no class; give the name of what is asked for")
+    if "count" not in clause:
+        raise ValueError(f"{what} has no count; give a whole number of at least 1")
+    name, count = clause["class"], clause["count"]
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{what} has class {name!r:.80}; it must be a name")
+    if type(count) is not int or count < 1:
+        raise ValueError(f"{what} has count {count!r:.80}; it must be a whole number of at least 1")
+
+
+def _is_position(position: Any, number: int) -> bool:
+    """Whether that is a relation to a clause before the one of that number."""
+    if not isinstance(position, list) or len(position) != 2:
+        return False
+    relation, target = position
+    return relation in RELATIONS and type(target) is int and 0 <= target < number

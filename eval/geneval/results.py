@@ -70,6 +70,7 @@ class Source:
     checksum: str | None = None
     judge: str | None = None
     judged_at: str | None = None
+    images: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,21 @@ class Results:
     def find(self, filename: str) -> Path | None:
         """The file of a picture, or None.
 
-        The published script writes paths relative to wherever it was started, so besides the path itself its last
-        parts, from the prompt's folder on (00000/samples/0000.png), are looked for beside the results.
+        A path is one from the results' folder; its last parts, from the prompt's folder on (00000/samples/0000.png), are
+        looked for beside the results too, and in the folder that the summary names in full. The published script writes
+        paths from wherever it was started (outputs/00000/samples/0000.png), so such a one is tried, last, from the current
+        folder; one that does not name a folder of its own would be anybody's there.
         """
         path = Path(filename)
         tail = Path(*path.parts[-3:])
         if self.images is not None:
             candidates = [self.images / path, self.images / tail]
         else:
-            candidates = [self.folder / path, path, self.folder / tail, self.folder / "images" / tail]
+            candidates = [self.folder / path, self.folder / tail, self.folder / "images" / tail]
+            if self.source.images is not None and Path(self.source.images).is_absolute():
+                candidates.append(Path(self.source.images) / tail)
+            if len(path.parts) > len(tail.parts) and path.parts[0] != "..":
+                candidates.append(path)
         return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
@@ -214,6 +221,7 @@ def _read_summary(file: Path, pictures: Sequence[Judged]) -> tuple[Source, dict[
             checksum=_text(model.get("sha256")),
             judge=_text(document.get("judge")),
             judged_at=_text(document.get("judged_at")),
+            images=_text(document.get("images")),
         )
         return source, {str(name): _summary(ceiling) for name, ceiling in document.get("ceilings", {}).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -22,19 +22,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.atomic import write_bytes
+from data_pipeline.atomic import remove_leftovers, write_bytes
+from data_pipeline.images import IMAGE_SUFFIXES
 from eval.files import write_text
 from eval.geneval.judges import Judge
 from eval.geneval.judging import Picture, judged, read_pictures
 from eval.geneval.parts import PARTS, Parts, PromptPictures, Rows
 from eval.geneval.prompts import check_metadata
 from eval.geneval.statistics import Summary, summarize
+from eval.layout import METADATA_FILE, SAMPLES, prompt_folders, read_metadata, samples_of, some
 from eval.ranks import Ranks
 
 __all__ = [
@@ -42,8 +44,6 @@ __all__ = [
     "write_summary",
 ]  # fmt: skip
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-METADATA_FILE, SAMPLES = "metadata.jsonl", "samples"
 RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"
 
 
@@ -75,58 +75,44 @@ class Scores:
             lines.append(
                 "prompts differ in pictures: " + ", ".join(f"{prompts} have {n}" for n, prompts in counts.items())
             )
+        if names := self.document["ignored_files"]:
+            lines.append(
+                f"{len(names)} files under {SAMPLES}/ are no numbered pictures ({', '.join(IMAGE_SUFFIXES)}) and are left out: "
+                f"{_some(names)}"
+            )
         if names := self.document["unreadable"]:
             lines.append(f"{len(names)} pictures could not be read and count as wrong: {_some(names)}")
         return lines
 
 
-def _some(names: Sequence[object], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more (in {SUMMARY_FILE})" if len(names) > shown else ""
-    return ", ".join(map(str, names[:shown])) + more
+def _some(names: Sequence[object]) -> str:
+    return some(names, more=f" (in {SUMMARY_FILE})")
 
 
 def list_pictures(images: Path, images_per_prompt: int | None = None) -> list[PromptPictures]:
     """The prompts of a folder in the published layout, by number, with their pictures.
 
     A prompt is a folder with a number for a name, with a metadata.jsonl (one entry) and pictures that have numbers for
-    names under samples/; they may differ in how many, or have none. At most `images_per_prompt` of each, the first ones.
+    names under samples/; they may differ in how many, or have none. At most `images_per_prompt` of each, the first ones by
+    number. See `eval.layout`, which `t2i evaluate` reads such folders by as well.
 
     Raises ValueError where there is no such folder, for metadata that are none, and for two pictures of one number.
     """
     if images_per_prompt is not None and images_per_prompt < 1:
         raise ValueError(f"images per prompt is {images_per_prompt}; give at least 1, or leave it out for all")
-    folders = [path for path in images.glob("*") if path.is_dir() and path.name.isdecimal()]
+    folders = prompt_folders(images)
     if not folders:
         raise ValueError(
             f"{images} has no folders 00000, 00001 ... of prompts; give a folder in GenEval's layout, as "
             "`t2i geneval generate` makes it"
         )
-    return [_prompt(folder, images_per_prompt) for folder in sorted(folders, key=lambda path: (int(path.name), path))]
+    return [_prompt(folder, images_per_prompt) for folder in folders]
 
 
 def _prompt(folder: Path, images_per_prompt: int | None) -> PromptPictures:
-    file = folder / METADATA_FILE
-    try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no {METADATA_FILE} and so no prompt; restore it, or remove the folder"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not one JSON object ({error}); restore it") from error
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{file} is not one JSON object; restore it")
-    check_metadata(metadata, str(file))
-    found = [
-        path
-        for path in (folder / SAMPLES).glob("*")
-        if path.stem.isdecimal() and path.suffix.lower() in SUFFIXES and path.is_file()
-    ]
-    files = sorted(found, key=lambda path: (int(path.stem), path))
-    for one, other in pairwise(files):
-        if int(one.stem) == int(other.stem):
-            raise ValueError(f"{folder / SAMPLES} has picture {int(one.stem)} twice: {one.name} and {other.name}")
-    return PromptPictures(int(folder.name), metadata, tuple(files[:images_per_prompt]))
+    metadata, found = read_metadata(folder), samples_of(folder)
+    check_metadata(metadata, str(folder / METADATA_FILE))
+    return PromptPictures(int(folder.name), metadata, found.files[:images_per_prompt], found.ignored)
 
 
 def missing_prompts(prompts: Sequence[PromptPictures], out: Path, judge: Judge) -> int:
@@ -189,6 +175,7 @@ def score_pictures(
 
     drop_outdated(shown, out, judge)
     parts = Parts(out, judge.made_from)
+    remove_leftovers(out / PARTS)
     mine = [prompt for prompt in shown if ranks.owns(prompt.number)]
     missing = [prompt for prompt in mine if parts.load(prompt) is None]
     total = sum(len(prompt.files) for prompt in mine)
@@ -206,7 +193,8 @@ def score_pictures(
             for prompt, stamp in zip(missing, stamps, strict=True):
                 parts.save(prompt, stamp, list(islice(rows, len(prompt.files))))
                 bar.update(len(prompt.files))
-    return _gathered(prompts, shown, parts, out, judge, more or {})
+    ignored = [parts.filename(path) for prompt in prompts for path in prompt.ignored]
+    return _gathered(prompts, shown, parts, out, judge, {**(more or {}), "ignored_files": ignored})
 
 
 def _of_known_size(pictures: Iterator[Picture], judge: Judge) -> Iterator[Picture]:

@@ -1,6 +1,8 @@
+import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,22 @@ def test_an_exclusive_writer_replaces_what_a_killed_one_left(tmp_path: Path) -> 
     assert (tmp_path / "a.tar").read_bytes() == b"whole"
 
 
+def long_ago(path: Path) -> None:
+    """As if nobody had written to the file for two minutes."""
+    os.utime(path, (time.time() - 120,) * 2)
+
+
+def test_a_file_that_has_just_been_opened_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    """Its writer, another rank, may be about to lock it."""
+    opened = tmp_path / f".a.tar.partial.{socket.gethostname()}.1"
+    opened.touch()
+    remove_leftovers(tmp_path)
+    assert opened.exists()
+    long_ago(opened)
+    remove_leftovers(tmp_path)
+    assert not opened.exists()
+
+
 def test_leftovers_of_this_host_are_removed_unless_somebody_still_writes_them(tmp_path: Path) -> None:
     writing = "import sys; from pathlib import Path; from data_pipeline.atomic import replacing\n"
     writing += "with replacing(Path(sys.argv[1])) as stream: print(flush=True); input()"
@@ -52,6 +70,7 @@ def test_leftovers_of_this_host_are_removed_unless_somebody_still_writes_them(tm
         partial = path.with_name(f".a.tar.partial.{socket.gethostname()}.{writer.pid}")
         elsewhere = tmp_path / f".a.tar.partial.elsewhere.{writer.pid}"
         elsewhere.write_bytes(b"half of it")
+        long_ago(partial)
         remove_leftovers(tmp_path)
         assert partial.exists()
         writer.kill()

@@ -3,14 +3,15 @@ import io
 import itertools
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data_pipeline.images import animation, center_crop_resize, open_frames, open_rgb, verify_frames
+from data_pipeline.images import animation, center_crop_resize, open_frames, open_rgb, read_rgb, verify_frames
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -102,6 +103,37 @@ def test_exif_orientation_is_applied() -> None:
 def test_a_malformed_exif_block_does_not_spoil_the_picture() -> None:
     data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
     assert open_rgb(data).size == (20, 10)
+
+
+def test_an_exif_block_that_cannot_be_written_again_turns_the_picture_all_the_same() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
+    kind = data.index(b"\x01\x1a\x00\x05") + 1
+    damaged = data[:kind] + b"\x07" + data[kind + 1 :]  # a fraction under a tag that is for whole numbers
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(damaged)))
+    assert open_rgb(damaged).size == (10, 20)
+
+
+@pytest.mark.parametrize("orientation", range(11))
+def test_every_exif_orientation_is_pillows(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise().crop((0, 0, 30, 40)), exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(np.asarray(open_rgb(data)), np.asarray(expected))
+
+
+def test_a_file_is_read_or_the_reason_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    with pytest.raises(ValueError, match=r"^No such file or directory$"):
+        read_rgb(path)
+    path.write_bytes(encoded(noise())[:100])
+    with pytest.raises(ValueError, match=r"^undecodable picture of 100 bytes: "):
+        read_rgb(path)
+    path.write_bytes(encoded(noise()))
+    assert np.array_equal(np.asarray(read_rgb(path)), np.asarray(noise()))
 
 
 def test_the_bytes_decide_the_format_and_others_are_refused() -> None:

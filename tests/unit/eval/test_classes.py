@@ -14,6 +14,7 @@ from data_pipeline import clips, shapes
 from eval.classes import _Meaning, reasons_against, score_classes, score_samples
 from eval.files import read_jsonl
 from eval.geneval.detections import Detection
+from eval.geneval.options import JudgeOptions
 from eval.geneval.shapes_judge import ShapesJudge
 from t2i.config import ModelConfig
 from t2i.model import NAR
@@ -145,7 +146,9 @@ def test_an_untrained_model_of_pictures_is_measured(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "pictures.png").size == (3 * 66 - 2, 8 * 66 - 2)
 
 
-def test_models_that_the_judge_cannot_measure_are_refused(tmp_path: Path) -> None:
+def test_models_that_the_judge_cannot_measure_are_refused(
+    tmp_path: Path, small_detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small(shapes_classes().model)
     for number, (other, size) in enumerate(
         (
@@ -162,6 +165,9 @@ def test_models_that_the_judge_cannot_measure_are_refused(tmp_path: Path) -> Non
         score_classes(folder, tmp_path / "out", samples=0)
     with pytest.raises(ValueError, match="unknown judge 'cow'"):
         score_classes(folder, tmp_path / "out", judge="cow")
+    monkeypatch.setattr("eval.classes.JudgeOptions", lambda: JudgeOptions(detector=str(small_detector)))
+    with pytest.raises(ValueError, match="good draws a circle, which the judge 'mask2former' does not know"):
+        score_classes(folder, tmp_path / "out", judge="mask2former")
     description = json.loads((folder / "config.json").read_text())
     description["model"]["condition"] = "text"
     (folder / "config.json").write_text(json.dumps(description))

@@ -355,6 +355,36 @@ def test_ranks_share_the_drawing_and_the_last_one_measures(
     assert not (tmp_path / "none").exists()
 
 
+def test_the_command_says_what_it_leaves_out(
+    small_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    for number in range(2):
+        folder_of(folder / f"{number:05d}" / "samples", 1)
+        (folder / f"{number:05d}" / "metadata.jsonl").write_text(json.dumps({"prompt": "a red star"}))
+    (folder / "00001/samples/000.png").rename(folder / "00001/samples/best.png")
+    call(monkeypatch, folder, "--clip", f"local-dir:{small_clip}")
+    shown = capsys.readouterr()
+    assert "1 pictures of 1 prompts" in shown.out
+    assert [line for line in shown.err.splitlines() if line.startswith("warning")] == [
+        f"warning: 1 prompts in {folder} have no pictures and are left out: 00001",
+        f"warning: 1 files in {folder} are no numbered pictures of a prompt and are left out: 00001/samples/best.png",
+    ]
+
+
+def test_what_is_odd_about_a_reference_is_said_too(inception: Inception, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "real"
+    folder_of(folder / "0" / "samples", 2)
+    (folder / "0/metadata.jsonl").write_text("{}")
+    folder_of(folder / "more", 1)
+    options = ReferenceOptions(folder)
+    compared, about = read_reference(inception, options, progress=False)
+    scores, _ = measure(list_pictures(folder_of(tmp_path / "own", 3)), None, inception, compared, progress=False)
+    print_scores({"source": "own", "out": None, "reference": about, **scores})
+    warned = f"warning: 1 files in {folder} are no numbered pictures of a prompt and are left out: more/000.png\n"
+    assert warned in capsys.readouterr().err
+
+
 def test_the_command_says_how_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches `evaluate`, which has no small Inception to open."""
     folder, given = folder_of(tmp_path / "pictures", 2), list[dict[str, Any]]()

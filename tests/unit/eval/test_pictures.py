@@ -20,6 +20,7 @@ def picture(path: Path, value: int = 0, size: tuple[int, int] = (8, 6)) -> Path:
 def published(folder: Path, numbers: list[int]) -> Path:
     """GenEval's layout, with so many pictures of each prompt."""
     for index, number in enumerate(numbers):
+        (folder / f"{index:05d}/samples").mkdir(parents=True)
         for n in range(number):
             picture(folder / f"{index:05d}/samples/{n:04d}.png")
         picture(folder / f"{index:05d}/grid.png")
@@ -39,17 +40,36 @@ def test_the_published_layout_has_samples_and_no_grids(tmp_path: Path) -> None:
     assert list_pictures(tmp_path, captions=False) == PictureSet(tmp_path, found.names)
 
 
-def test_a_layout_with_something_missing_is_refused(tmp_path: Path) -> None:
+def test_what_is_missing_in_a_layout_and_what_lies_beside_it_is_said(tmp_path: Path) -> None:
     published(tmp_path, [2, 1, 0])
-    with pytest.raises(ValueError, match=r"00002 has 0 pictures of 1; draw those"):
-        list_pictures(tmp_path)
-    picture(tmp_path / "00002/samples/0000.png")
-    with pytest.raises(ValueError, match=r"00001 has 1 pictures of 2"):
-        list_pictures(tmp_path, images_per_prompt=2)
+    picture(tmp_path / "extra/9.png")
+    picture(tmp_path / "00001/samples/best.png")
+    (tmp_path / "00001/samples/0001.gif").touch()
+    found = list_pictures(tmp_path)
+    assert found.prompts == ("prompt 0", "prompt 1")
+    assert found.prompt_of == (0, 0, 1)
+    assert found.remarks == (
+        f"1 prompts in {tmp_path} have no pictures and are left out: 00002",
+        f"prompts in {tmp_path} differ in pictures: 1 have 1, 1 have 2",
+        f"3 files in {tmp_path} are no numbered pictures of a prompt and are left out: 00001/samples/0001.gif, "
+        "00001/samples/best.png, extra/9.png",
+    )
+    assert len(list_pictures(tmp_path, images_per_prompt=1).remarks) == 2
+    assert list_pictures(tmp_path, captions=False).remarks == (found.remarks[0], found.remarks[2])
+    (tmp_path / "00002/metadata.jsonl").write_text("{")
+    assert list_pictures(tmp_path, captions=False).names == found.names
+
+
+def test_a_layout_that_says_too_little_is_refused(tmp_path: Path) -> None:
+    published(tmp_path, [1, 1])
     with pytest.raises(ValueError, match=r"leave the prompts out"):
         list_pictures(tmp_path, ["a"])
     (tmp_path / "00001/metadata.jsonl").write_text('{"tag": "x"}')
     with pytest.raises(ValueError, match=r"00001/metadata.jsonl names no prompt"):
+        list_pictures(tmp_path)
+    for path in tmp_path.glob("*/samples/*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"none of the 2 prompts in .* has a picture; generate some first"):
         list_pictures(tmp_path)
 
 

@@ -9,9 +9,9 @@ from report_pages import LOSSES, written
 from data_pipeline.shapes import evaluation_metadata
 from eval.files import write_jsonl
 from eval.geneval.ceiling import ground_truth_pictures
-from eval.geneval.detectors import load_detector
 from eval.geneval.judging import judge_pictures
 from eval.geneval.results import Results, Source, read_results
+from eval.geneval.shapes_judge import ShapesJudge
 from eval.geneval.statistics import summarize
 
 SOURCE = Source("tiny", 1200, "0123456789abcdef" * 4, "shapes", "2026-03-01T12:30:00+00:00")
@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
             file = root / f"{picture.filename}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture.image).save(file)
-        rows = judge_pictures(load_detector("shapes"), shown, len(shown), progress=False)
+        rows = judge_pictures(ShapesJudge(), shown, len(shown), progress=False)
         assert 0 < sum(row["correct"] for row in rows) < len(rows)
         write_jsonl(root / "results.jsonl", [{**row, "filename": f"{row['filename']}.png"} for row in rows])
         made.append(read_results(f"{name}={root}"))

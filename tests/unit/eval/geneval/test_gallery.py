@@ -9,6 +9,7 @@ from PIL import Image
 from report_pages import LOSSES, pictures, text, written
 
 from eval.geneval.gallery import LARGEST_SIDE
+from eval.geneval.judging import read_picture
 from eval.geneval.results import Results
 
 
@@ -54,6 +55,25 @@ def test_unreadable_missing_and_large_pictures(models: list[Results], tmp_path: 
     assert len(problems) == 3
     assert "3 pictures of first are not found or cannot be read" in text(page)
     assert "5 judged pictures of 1 prompts. 2 are in this page" in text(page)
+
+
+def test_a_turned_picture_is_shown_as_the_judge_saw_it(models: list[Results], tmp_path: Path) -> None:
+    """Its boxes are in the pixels of the upright picture."""
+    pixels = np.zeros((128, 512, 3), dtype=np.uint8)
+    pixels[:, :256] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    judged = read_picture(tmp_path / "turned.png", "", {}).image
+    assert judged is not None
+    rows = (replace(models[0].pictures[0], filename="turned.png"),)
+    ((one, copy),) = pictures(written([replace(models[0], folder=tmp_path, pictures=rows)], tmp_path))
+    assert (one["height"], one["width"]) == judged.shape[:2] == (512, 128)
+    assert copy is not None
+    assert copy.size == (LARGEST_SIDE // 4, LARGEST_SIDE)
+    # What lies to the left lies below when the picture is upright.
+    assert np.asarray(copy)[10].max() < 20
+    assert np.asarray(copy)[-10].min() > 180
 
 
 def test_a_thousand_small_pictures_stay_below_ten_megabytes(models: list[Results], page: str, tmp_path: Path) -> None:

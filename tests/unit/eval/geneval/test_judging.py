@@ -1,6 +1,9 @@
 """Batches, counts and unreadable files on the way from pictures to results."""
 
+import base64
+import io
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ from PIL import Image as PillowImage
 from eval.ahead import READERS
 from eval.geneval.ceiling import ground_truth_pictures, reconstructed_pictures
 from eval.geneval.detections import Detection, Image
+from eval.geneval.gallery import _copy
 from eval.geneval.judging import Picture, batched, judge_pictures, read_picture, read_pictures
 from eval.geneval.prompts import shapes_prompts
 from eval.geneval.scoring import ScoringOptions
+from eval.pictures import read_ahead
 
 METADATA = {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}
 
@@ -87,7 +92,12 @@ def test_files_are_read_in_order_and_damage_is_kept(tmp_path: Path) -> None:
     pictures = list(read_pictures(files, ahead=3))
     assert [picture.filename for picture in pictures] == [f"picture {number}" for number in range(40)]
     problems = [picture.problem for picture in pictures]
-    assert problems[:4] == ["", "UnidentifiedImageError", "FileNotFoundError", "OSError"]
+    assert problems[:3] == [
+        "",
+        "undecodable picture of 13 bytes: not a JPEG, PNG or WebP file",
+        "No such file or directory",
+    ]
+    assert problems[3].startswith("undecodable picture of 43 bytes: ")
     assert set(problems[4:]) == {""}
     for number, picture in enumerate(pictures):
         assert (picture.image is None) == bool(picture.problem)
@@ -110,20 +120,76 @@ def test_no_more_pictures_than_asked_for_are_decoded_ahead(monkeypatch: pytest.M
     assert len(started) <= 10 + 5 + READERS
 
 
-def test_pictures_are_turned_as_their_exif_says_and_made_rgb(tmp_path: Path) -> None:
+def turned(orientation: int, **more: Any) -> PillowImage.Exif:
     exif = PillowImage.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    pixels = np.zeros((2, 4, 3), dtype=np.uint8)
-    pixels[0] = 200
-    PillowImage.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    turned = read_picture(tmp_path / "turned.png", "", METADATA).image
-    assert turned is not None
-    np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
-    PillowImage.new("L", (3, 2), 7).save(tmp_path / "grey.png")
-    grey = read_picture(tmp_path / "grey.png", "", METADATA).image
-    assert grey is not None
-    assert grey.shape == (2, 3, 3)
-    assert (grey == 7).all()
+    exif[0x0112] = orientation
+    for tag, value in more.items():
+        exif[int(tag, 16)] = value
+    return exif
+
+
+RED_OVER_WHITE = (227, 127, 127)  # (200, 0, 0), half transparent
+
+
+def save_all_modes(folder: Path) -> dict[str, Any]:
+    """Pictures of 20 x 10 pixels of one colour, in every mode and a few traps; name -> the colour that a viewer shows."""
+    size = (20, 10)
+    palette = PillowImage.new("P", size, 1)
+    palette.putpalette([0, 0, 0, 200, 0, 0])
+    made: dict[str, tuple[PillowImage.Image, dict[str, Any], Any]] = {
+        "rgb.png": (PillowImage.new("RGB", size, (1, 2, 3)), {}, (1, 2, 3)),
+        "key.png": (PillowImage.new("RGB", size, (1, 2, 3)), {"transparency": (1, 2, 3)}, (255, 255, 255)),
+        "rgba.png": (PillowImage.new("RGBA", size, (200, 0, 0, 128)), {}, RED_OVER_WHITE),
+        "rgba.webp": (PillowImage.new("RGBA", size, (200, 0, 0, 128)), {"lossless": True}, RED_OVER_WHITE),
+        "grey.png": (PillowImage.new("L", size, 7), {}, (7, 7, 7)),
+        "grey_alpha.png": (PillowImage.new("LA", size, (7, 0)), {}, (255, 255, 255)),
+        "palette.png": (palette, {}, (200, 0, 0)),
+        "clear_palette.png": (palette, {"transparency": 1}, (255, 255, 255)),
+        "bits.png": (PillowImage.new("1", size, 1), {}, (255, 255, 255)),
+        "grey16.png": (PillowImage.fromarray(np.full(size[::-1], 257 * 100, np.uint16)), {}, (100, 100, 100)),
+        "cmyk.jpg": (PillowImage.new("CMYK", size, (0, 0, 255, 0)), {"quality": 95}, (255, 255, 0)),
+        "turned.jpg": (PillowImage.new("RGB", size, (9, 9, 9)), {"exif": turned(6)}, (9, 9, 9)),
+    }
+    for name, (image, options, _) in made.items():
+        image.save(folder / name, **options)
+    # Its EXIF block is fine but for an entry that cannot be written again, as turning a picture the usual way does.
+    PillowImage.new("RGB", size, (9, 9, 9)).save(folder / "odd_exif.jpg", exif=turned(6, **{"11a": 72.0}))
+    data = (folder / "odd_exif.jpg").read_bytes()
+    (folder / "odd_exif.jpg").write_bytes(data.replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x07", 1))
+    return {name: color for name, (_, _, color) in made.items()} | {"odd_exif.jpg": (9, 9, 9)}
+
+
+def test_every_mode_is_judged_measured_and_shown_as_the_same_pixels(tmp_path: Path) -> None:
+    colors = save_all_modes(tmp_path)
+    paths = [tmp_path / name for name in colors]
+    measured = [found.value for found in read_ahead(paths, np.asarray)]
+    for path, color, others in zip(paths, colors.values(), measured, strict=True):
+        pixels = read_picture(path, "", METADATA).image
+        assert pixels is not None, path
+        stands = path.stem in ("turned", "odd_exif")
+        assert pixels.shape == ((20, 10, 3) if stands else (10, 20, 3)), path
+        assert pixels.dtype == np.uint8
+        assert np.abs(pixels.astype(int) - color).max() <= 2, path
+        np.testing.assert_array_equal(pixels, others)
+        copy = _copy(path, 8)
+        assert (copy.height, copy.width) == pixels.shape[:2], path
+        assert copy.uri is not None
+        shown = PillowImage.open(io.BytesIO(base64.b64decode(copy.uri.partition(",")[2])))
+        np.testing.assert_array_equal(pixels, np.asarray(shown))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF blocks
+@given(st.integers(20, 200), st.binary(min_size=1, max_size=4))
+def test_no_damage_ends_the_reading(place: int, patch: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jpg"
+        PillowImage.new("RGB", (24, 24)).save(path, exif=turned(6, **{"11a": 72.0, "10e": "hello"}))
+        data = bytearray(path.read_bytes())
+        data[place : place + len(patch)] = patch
+        path.write_bytes(data)
+        picture = read_picture(path, "", METADATA)
+        assert (picture.image is None) == bool(picture.problem)
+        assert "\n" not in picture.problem
 
 
 COLORED = {

@@ -151,7 +151,32 @@ def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
             read_results(tmp_path)
 
 
-def test_pictures_are_found_where_they_may_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_elses_pictures_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another model, which lie where the command is started, under the names that all have."""
+    for name in ("here/00000/samples/0000.png", "images/00000/samples/0000.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("00000/samples/0000.png", "../images/00000/samples/0000.png"):
+        results = read_results(results_file(tmp_path / "far/away/results", published_row(filename=name)))
+        assert results.find(name) is None
+
+
+def test_pictures_are_found_where_the_summary_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures/00000/samples").mkdir(parents=True)
+    place = tmp_path / "pictures/00000/samples/0000.png"
+    place.touch()
+    row = published_row(filename="../gone/00000/samples/0000.png")
+    moved = tmp_path / "far/away"
+    results_file(moved, row)
+    monkeypatch.chdir(tmp_path)
+    # Without its beginning it is a folder of wherever the pictures were judged.
+    for images, expected in ((str(tmp_path / "pictures"), place), ("pictures", None)):
+        (moved / "summary.json").write_text(json.dumps(summary_of([row], images=images)))
+        assert read_results(moved).find(row["filename"]) == expected
+
+
+def test_pictures_are_found_where_they_they_may_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "outputs/00000/samples/0000.png"
     results = read_results(results_file(tmp_path / "results", published_row(filename=name)))
     (tmp_path / "elsewhere").mkdir()
@@ -167,9 +192,9 @@ def test_pictures_are_found_where_they_may_lie(tmp_path: Path, monkeypatch: pyte
     assert results.find(name) is None
     # The better a place, the later it is made.
     for place in (
+        tmp_path / "elsewhere" / name,
         tmp_path / "results/images/00000/samples/0000.png",
         tmp_path / "results/00000/samples/0000.png",
-        tmp_path / "elsewhere" / name,
         tmp_path / "results" / name,
     ):
         made(place)

@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import os
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from importlib.metadata import version
@@ -321,6 +324,17 @@ def test_a_run_that_was_cut_off_goes_on(drawn: Path, tmp_path: Path) -> None:
     assert (out / "results.jsonl").stat().st_mtime_ns == results
 
 
+def test_what_a_killed_rank_left_is_removed(drawn: Path, tmp_path: Path) -> None:
+    assert score_pictures(list_pictures(drawn), tmp_path / "out", shapes_judge(), progress=False) is not None
+    (part,) = (tmp_path / "out/parts").glob("*/00003.json")
+    left = part.with_name(f".{part.name}.partial.{socket.gethostname()}.1")
+    left.write_text("half of i")
+    os.utime(left, (time.time() - 120,) * 2)
+    assert score_pictures(list_pictures(drawn), tmp_path / "out", shapes_judge(), progress=False) is not None
+    assert part.exists()
+    assert not left.exists()
+
+
 def test_changed_pictures_and_other_thresholds_are_judged_again(drawn: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = score_pictures(list_pictures(drawn), out, shapes_judge(), progress=False)
@@ -393,7 +407,8 @@ def test_a_picture_that_cannot_be_read_is_named_and_counted(drawn: Path, tmp_pat
     assert scores is not None
     (row,) = [row for row in scores.rows if row.get("unreadable")]
     assert row["filename"] == "../images/00001/samples/0002.png"
-    assert (row["correct"], row["reason"]) == (False, "picture cannot be read: OSError")
+    assert row["correct"] is False
+    assert row["reason"].startswith("picture cannot be read: undecodable picture of 200 bytes: ")
     assert scores.summary.overall.images == 36
     assert scores.document["unreadable"] == [row["filename"]]
     assert scores.remarks == ["1 pictures could not be read and count as wrong: ../images/00001/samples/0002.png"]
@@ -444,6 +459,20 @@ def test_layouts_of_others_are_read(tmp_path: Path) -> None:
     (prompt,) = list_pictures(tmp_path / "images")
     assert prompt.number == 7
     assert [path.name for path in prompt.files] == ["00001.webp", "2.PNG", "10.png"]
+    assert [path.name for path in prompt.ignored] == ["a1.png", "notes.txt"]
+
+
+def test_files_that_do_not_count_are_named(drawn: Path, tmp_path: Path) -> None:
+    for name in ("00000/samples/0003.gif", "00002/samples/image.png", "00002/samples/.hidden"):
+        (drawn / name).touch()
+    scores = score_pictures(list_pictures(drawn), tmp_path / "out", shapes_judge(), progress=False)
+    assert scores is not None
+    assert scores.summary.overall.images == 36
+    ignored = ["../images/00000/samples/0003.gif", "../images/00002/samples/image.png"]
+    assert scores.document["ignored_files"] == ignored
+    assert scores.remarks == [
+        "2 files under samples/ are no numbered pictures (jpg, jpeg, png, webp) and are left out: " + ", ".join(ignored)
+    ]
 
 
 def break_folder(folder: Path, what: str) -> None:
@@ -462,7 +491,7 @@ def break_folder(folder: Path, what: str) -> None:
         case "odd tag":
             metadata.write_text('{"tag": "cows", "include": [], "prompt": ""}')
         case "odd clause":
-            metadata.write_text('{"tag": "colors", "include": [{"class": "star"}], "prompt": ""}')
+            metadata.write_text('{"tag": "colors", "include": [{"class": "star"}], "prompt": "a star"}')
         case "other class":
             metadata.write_text(json.dumps(PROMPTS[0]))
         case "twice":
@@ -485,7 +514,7 @@ def break_folder(folder: Path, what: str) -> None:
         ("no object", "00001/metadata.jsonl is not one JSON object"),
         ("no tag", "00001/metadata.jsonl lacks tag"),
         ("odd tag", "00001/metadata.jsonl has task 'cows'; it must be one of single_object"),
-        ("odd clause", "00001/metadata.jsonl has clauses without class or count"),
+        ("odd clause", "00001/metadata.jsonl: include 1 has no count"),
         ("other class", "asks for .*, which the judge 'shapes' does not know; choose the other judge"),
         ("twice", "has picture 1 twice: 0001.png and 1.png"),
         ("two folders", "there are two folders of prompt 1"),

@@ -180,3 +180,13 @@ def test_masks_lie_in_their_boxes() -> None:
             rows, columns = np.nonzero(one.mask)
             assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == one.box
             assert 0 <= one.score <= 1
+
+
+def test_a_batch_may_hold_pictures_of_nothing_or_be_empty() -> None:
+    judge = ShapesJudge()
+    assert judge.scoring.threshold == judge.scoring.counting_threshold
+    sample = shapes.training_sample(0, 0)
+    first, nothing = judge.detect([sample.image, np.full((64, 64, 3), 140, dtype=np.uint8)])
+    assert len(first) == len(sample.objects)
+    assert nothing == []
+    assert judge.detect([]) == []
