@@ -117,8 +117,17 @@ def _mask2former(options: JudgeOptions, needs_colors: bool, device: str | None) 
     from eval.geneval.mask2former import Mask2FormerDetector, detector_files, find_detector
 
     scoring = replace(ScoringOptions(), **options.rules)
-    folder = find_detector(options.detector)
-    clip = find_clip(options.clip, options.clip_pretrained, options.clip_quick_gelu) if needs_colors else None
+    folder, clip, missing = None, None, []  # both are looked for, so that what is missing is fetched in one go
+    try:
+        folder = find_detector(options.detector)
+    except ValueError as error:
+        missing.append(str(error))
+    try:
+        clip = find_clip(options.clip, options.clip_pretrained, options.clip_quick_gelu) if needs_colors else None
+    except ValueError as error:
+        missing.append(str(error))
+    if folder is None or missing:
+        raise ValueError("; and ".join(missing))
     made_from = {
         "judge": "mask2former",
         "detector": {"size": list(options.detector_size), "sha256": files_sha256(folder, detector_files(folder))},

@@ -540,6 +540,12 @@ def test_numbers_are_checked(drawn: Path, tmp_path: Path) -> None:
         shapes_judge(detector_size=(5, 5))
     with pytest.raises(ValueError, match="unknown judge 'owl'; choose one of mask2former, shapes"):
         load_judge("owl", JudgeOptions())
+    options = JudgeOptions(detector="no/such", clip="local-dir:nowhere")
+    with pytest.raises(ValueError, match=r"(?s)no/such.*; and .*nowhere lacks"):  # told in one go
+        load_judge("mask2former", options)
+    with pytest.raises(ValueError, match=r"no/such") as raised:
+        load_judge("mask2former", options, needs_colors=False)
+    assert "nowhere" not in str(raised.value)
 
 
 def test_every_threshold_is_an_option(neural: MakeJudge) -> None:
