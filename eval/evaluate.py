@@ -17,9 +17,11 @@ Pictures that cannot be read are named and counted, and scores are of the others
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from eval.versions import installed
 from t2i.devices import choose_device
 from t2i.files import read_json
 
-__all__ = ["ClipOptions", "ReferenceOptions", "draw_share", "evaluate", "measure"]
+__all__ = ["ClipOptions", "ReferenceOptions", "evaluate", "measure"]
 
 LIBRARIES = ("nar-t2i", "torch", "torchvision", "open-clip-torch", "torch-fidelity", "numpy", "pillow")
 
@@ -75,7 +77,8 @@ def evaluate(
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+    ranks: Ranks | None = None,
+) -> dict[str, Any] | None:
     """Measure an export or pictures; writes what the module's description lists.
 
     Args:
@@ -90,13 +93,16 @@ def evaluate(
         seed: Of an export, another one draws other pictures.
         device: Where to run; the first GPU or the processor when None.
         progress: Show progress bars.
+        ranks: This process's share of the drawing of an export.
 
     Returns:
-        What is in scores.json.
+        What is in scores.json; None where other ranks have not drawn their pictures yet, which is said on stderr: the one
+        that draws the last measures.
 
     Raises:
-        ValueError: there is nothing to measure, an option or a file is wrong, or weights are not to be had.
+        ValueError: there is nothing to measure, or to share, an option or a file is wrong, or weights are not to be had.
     """
+    ranks = ranks or Ranks()
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     if prompts is None and prompt_field is not None:
@@ -105,6 +111,11 @@ def evaluate(
     export = _export(source, written, device)
     pictures = None
     if export is None:
+        if ranks.ranks > 1:
+            raise ValueError(
+                f"{source} is no export, and {ranks.ranks} ranks have no drawing to share; measure pictures with one "
+                "process, without RANK and WORLD_SIZE in its environment"
+            )
         pictures = list_pictures(source, written, images_per_prompt, captions=clip is not None)
         if not pictures.prompts:
             clip = None
@@ -115,16 +126,23 @@ def evaluate(
 
     # Whatever may be missing is looked for before anything is drawn.
     where = choose_device(device)
-    scorer = None if clip is None else Clip(find_clip(clip.arch, clip.pretrained, clip.quick_gelu), where, clip.prefix)
+    weights = None if clip is None else find_clip(clip.arch, clip.pretrained, clip.quick_gelu)
+    if reference is not None:
+        find_inception(reference.inception)
+    draw = partial(_draw, export, written, out or source / "evaluate", images_per_prompt, batch_size, seed, progress)
+    if ranks.ranks > 1 and (missing := draw(ranks)[1]):
+        who = f"rank {ranks.rank} of {ranks.ranks} has drawn its share"
+        print(f"{who}; {missing} pictures are missing: the rank that draws the last measures", file=sys.stderr)
+        return None
+    scorer = None if clip is None or weights is None else Clip(weights, where, clip.prefix)
     inception = compared = None
     document: dict[str, Any] = {"source": str(source), "model": None}
     if reference is not None:
         inception = Inception.open(reference.inception, reference.resize, where)
         compared, document["reference"] = read_reference(inception, reference, batch_size, progress)
     if export is not None:
-        assert written is not None
         out = out or source / "evaluate"
-        folder = _draw(export, written, out / "pictures", images_per_prompt, batch_size, seed, progress, Ranks())
+        folder, _ = draw(Ranks())
         pictures = list_pictures(folder, images_per_prompt=images_per_prompt or 1)
         about = export.description
         document["model"] = {**asdict(about.provenance), "sha256": export.sha256, "sample": asdict(about.sample)}
@@ -161,45 +179,6 @@ def evaluate(
     return document
 
 
-def draw_share(
-    source: Path,
-    ranks: Ranks,
-    *,
-    prompts: Path | None = None,
-    prompt_field: str | None = None,
-    out: Path | None = None,
-    clip: ClipOptions | None = None,
-    reference: ReferenceOptions | None = None,
-    images_per_prompt: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    device: str | None = None,
-    progress: bool = True,
-) -> int:
-    """Draw one rank's share of the pictures that `evaluate`, whose arguments these are, measures.
-
-    Returns how many pictures other ranks still have to draw; the rank that gets 0 may measure.
-
-    Raises ValueError where there is nothing to draw, a file is wrong, or weights are not to be had.
-    """
-    written = None if prompts is None else read_prompt_file(prompts, prompt_field)
-    export = _export(source, written, device)
-    if export is None or written is None:
-        raise ValueError(
-            f"{source} is no export, and {ranks.ranks} ranks have no drawing to share; measure pictures with one process, "
-            "without RANK and WORLD_SIZE in its environment"
-        )
-    if clip is not None:
-        find_clip(clip.arch, clip.pretrained, clip.quick_gelu)
-    if reference is not None:
-        find_inception(reference.inception)
-    folder = _draw(
-        export, written, (out or source / "evaluate") / "pictures", images_per_prompt, batch_size, seed, progress, ranks
-    )
-    number = images_per_prompt or 1
-    return sum(not sample_path(folder, index, n).exists() for index in range(len(written)) for n in range(number))
-
-
 def _export(source: Path, prompts: Sequence[str] | None, device: str | None) -> Export | None:
     """The export at `source`; None where that is something else."""
     if not (source / "config.json").is_file():
@@ -212,24 +191,26 @@ def _export(source: Path, prompts: Sequence[str] | None, device: str | None) -> 
 
 
 def _draw(
-    export: Export,
-    prompts: Sequence[str],
-    pictures: Path,
+    export: Export | None,
+    prompts: Sequence[str] | None,
+    out: Path,
     images_per_prompt: int | None,
     batch_size: int,
     seed: int,
     progress: bool,
     ranks: Ranks,
-) -> Path:
-    """The folder of the export's pictures of the prompts; those of this rank that are missing are drawn."""
-    folder = pictures / f"{export.sha256[:12]}-{json_sha256(prompts)[:12]}"
+) -> tuple[Path, int]:
+    """The folder of the export's pictures of the prompts, once those of this rank are drawn, and how many are missing."""
+    assert export is not None, "only an export draws"
+    assert prompts is not None, "an export has prompts"
+    folder = out / "pictures" / f"{export.sha256[:12]}-{json_sha256(prompts)[:12]}"
     number = 1 if images_per_prompt is None else images_per_prompt
     entries = [{"prompt": prompt} for prompt in prompts]
     generate(
         export, entries, folder, number, batch_size, ranks.rank, ranks.ranks, seed=seed, model=export.sha256,
         progress=progress,
     )  # fmt: skip
-    return folder
+    return folder, sum(not sample_path(folder, i, n).exists() for i in range(len(prompts)) for n in range(number))
 
 
 def measure(

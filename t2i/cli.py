@@ -6,7 +6,7 @@ need when they run, so that help is quick and an installation without the `eval`
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -397,7 +397,7 @@ def evaluate(
         device: Where to run; the first GPU or the processor when not given.
         json: Print scores.json in place of the table.
     """
-    from eval.evaluate import ClipOptions, ReferenceOptions, draw_share, evaluate
+    from eval.evaluate import ClipOptions, ReferenceOptions, evaluate
     from eval.evaluate_table import print_scores
     from eval.ranks import launched
 
@@ -405,20 +405,16 @@ def evaluate(
         raise ValueError(
             "inception, kid and a way to read the reference are given, and no reference; give one, or leave them out"
         )
-    options: dict[str, Any] = {
-        "prompts": prompts, "prompt_field": prompt_field, "out": out,
-        "clip": ClipOptions(clip, clip_pretrained, clip_quick_gelu, clip_prefix) if clip_score else None,
-        "reference": None if reference is None else ReferenceOptions(
+    document = evaluate(
+        source, prompts=prompts, prompt_field=prompt_field, out=out,
+        clip=ClipOptions(clip, clip_pretrained, clip_quick_gelu, clip_prefix) if clip_score else None,
+        reference=None if reference is None else ReferenceOptions(
             reference, inception, resize, crop_reference, kid, save_reference
         ),
-        "images_per_prompt": images_per_prompt, "batch_size": batch_size, "seed": seed, "device": device,
-    }  # fmt: skip
-    ranks = launched()
-    if ranks.ranks > 1 and (missing := draw_share(source, ranks, **options)):
-        who = f"rank {ranks.rank} of {ranks.ranks} has drawn its share"
-        print(f"{who}; {missing} pictures are missing: the rank that draws the last measures", file=sys.stderr)
-        return
-    print_scores(evaluate(source, **options), json)
+        images_per_prompt=images_per_prompt, batch_size=batch_size, seed=seed, device=device, ranks=launched(),
+    )  # fmt: skip
+    if document is not None:
+        print_scores(document, json)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from t2i.checkpoint import checkpoints
 from t2i.config import EvalConfig, Recipe
 from t2i.export import merged_weights
 
-from .conftest import Entry, entries, forked, losses, results, small_recipe
+from .conftest import Entry, entries, forked, losses, results, rows, small_recipe
 from .forked import FAULTS
 from .test_training import assert_same_weights
 
@@ -47,6 +47,15 @@ def test_stopped_three_times_is_as_never_stopped(stage: int, run: Entry, recipe:
     assert results(stopped) == results(straight)  # bit for bit, and no step twice
     assert len(losses(straight)) == STEPS
     assert_same_weights(stopped, straight)
+
+
+def test_who_sends_a_signal_does_not_wait_for_the_validation_that_is_due(run: Entry, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    (answer,) = forked(tmp_path, [run(stopped, 1, 2, signal_at=13)])
+    assert answer["codes"] == [85, 85]
+    assert not any("val_loss" in row for row in rows(stopped))  # made by the next start, as above
+    newest = checkpoints(stopped)[-1].info
+    assert (newest.step, newest.inspected) == (13, False)
 
 
 def test_killed_at_any_moment(run: Entry, tmp_path: Path) -> None:

@@ -104,8 +104,9 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(
     assert [row["samples_per_s"] for row in rows(run_dir)[:4]] == [row["samples_per_s"] for row in rows(whole)[:4]]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
 def test_a_signal_saves_and_the_same_command_goes_on(
-    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path
+    trained: Stage, recipe_file: Path, deepspeed_config: Stage, tmp_path: Path, signum: signal.Signals
 ) -> None:
     run_dir = tmp_path / "run"
     options = [recipe_file, "--deepspeed_config", deepspeed_config(2), "--run-dir", run_dir]
@@ -123,7 +124,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             assert time.monotonic() < limit, "no training within the time"
             assert ranks[0].poll() is None, ranks[0].stderr.read()
             time.sleep(0.005)
-        ranks[0].send_signal(signal.SIGINT)  # to one rank: the other one has to hear of it
+        ranks[0].send_signal(signum)  # to one rank: the other one has to hear of it
         errors = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
     finally:
         for rank in ranks:

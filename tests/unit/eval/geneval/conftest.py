@@ -1,15 +1,21 @@
-"""Judged pictures for reports."""
+"""Pictures to be judged, and judged ones for reports."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from judged_folders import PROMPTS, SHAPES_PROMPTS, MakeJudge, make_images
 from PIL import Image
 from report_pages import LOSSES, written
 
+from data_pipeline import shapes
 from data_pipeline.shapes import evaluation_metadata
 from eval.files import write_jsonl
 from eval.geneval.ceiling import ground_truth_pictures
+from eval.geneval.judges import Judge, load_judge
 from eval.geneval.judging import judge_pictures
+from eval.geneval.options import JudgeOptions
 from eval.geneval.results import Results, Source, read_results
 from eval.geneval.shapes_judge import ShapesJudge
 from eval.geneval.statistics import summarize
@@ -57,3 +63,33 @@ def page(models: list[Results], tmp_path_factory: pytest.TempPathFactory) -> str
 def both(models: list[Results], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the two side by side."""
     return written(models, tmp_path_factory.mktemp("both"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("made") / "images", PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def neural(small_detector: Path, small_clip: Path) -> MakeJudge:
+    """neural(**options) -> the judge with the small models, which sees much."""
+
+    def make(needs_colors: bool = True, **options: Any) -> Judge:
+        defaults = {
+            "detector": str(small_detector), "detector_size": (64, 96), "clip": f"local-dir:{small_clip}",
+            "threshold": 0.02, "counting_threshold": 0.03,
+        }  # fmt: skip
+        return load_judge("mask2former", JudgeOptions(**{**defaults, **options}), needs_colors)
+
+    return make
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """Correct pictures of shapes prompts, three of each."""
+    folder = make_images(tmp_path / "images", SHAPES_PROMPTS, pictures=0)
+    for number, metadata in enumerate(SHAPES_PROMPTS):
+        for picture in range(3):
+            image = shapes.ground_truth(metadata, 3 * number + picture).image
+            Image.fromarray(image).save(folder / f"{number:05d}/samples/{picture:04d}.png")
+    return folder

@@ -1,47 +1,26 @@
 """Scoring of folders in the published layout: the whole path on loaded models, ranks, resuming, odd folders."""
 
-import inspect
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from judged_folders import PROMPTS, SHAPES_PROMPTS, MakeJudge, counting, make_images, shapes_judge
 from PIL import Image
 
 from data_pipeline import shapes
 from eval.files import read_jsonl
-from eval.geneval.detectors import Detector
-from eval.geneval.judges import Judge, load_judge
-from eval.geneval.options import JudgeOptions
-from eval.geneval.prompts import coco_prompts, shapes_prompts
 from eval.geneval.score import Scores, list_pictures, missing_prompts, score_pictures, unfinished, write_summary
 from eval.ranks import Ranks
 
 PUBLISHED_FIELDS = ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
-PROMPTS = [entry for tag in shapes.TASKS for entry in [e for e in coco_prompts(per_task=2) if e["tag"] == tag][:2]]
-
-
-def make_images(folder: Path, prompts: list[dict[str, Any]], pictures: int = 2, size: int = 48) -> Path:
-    """A folder in the published layout, of noise in blocks."""
-    rng = np.random.default_rng(0)
-    for number, metadata in enumerate(prompts):
-        samples = folder / f"{number:05d}" / "samples"
-        samples.mkdir(parents=True)
-        (samples.parent / "metadata.jsonl").write_text(json.dumps(metadata))
-        for picture in range(pictures):
-            blocks = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
-            Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(samples / f"{picture:04d}.png")
-        Image.new("RGB", (4, 4)).save(samples.parent / "grid.png")
-    return folder
 
 
 def published_summary(rows: list[dict[str, Any]]) -> tuple[dict[str, float], float, float]:
@@ -53,28 +32,6 @@ def published_summary(rows: list[dict[str, Any]]) -> tuple[dict[str, float], flo
         prompts.setdefault(row["metadata"], []).append(row["correct"])
     scores = {tag: float(np.mean(correct)) for tag, correct in tags.items()}
     return scores, float(np.mean(list(scores.values()))), float(np.mean([any(correct) for correct in prompts.values()]))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("made") / "images", PROMPTS)
-
-
-MakeJudge = Callable[..., Judge]
-
-
-@pytest.fixture(scope="module")
-def neural(small_detector: Path, small_clip: Path) -> MakeJudge:
-    """neural(**options) -> the judge with the small models, which sees much."""
-
-    def make(needs_colors: bool = True, **options: Any) -> Judge:
-        defaults = {
-            "detector": str(small_detector), "detector_size": (64, 96), "clip": f"local-dir:{small_clip}",
-            "threshold": 0.02, "counting_threshold": 0.03,
-        }  # fmt: skip
-        return load_judge("mask2former", JudgeOptions(**{**defaults, **options}), needs_colors)
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -207,92 +164,6 @@ def test_ranks_on_hosts_with_weights_in_other_places_share_the_work(
     nothing = counting(one)
     assert score_pictures(prompts, tmp_path / "out", one, progress=False) is not None
     assert nothing.pictures == 0
-
-
-def test_a_file_of_weights_is_known_by_its_content(neural: MakeJudge, tmp_path: Path) -> None:
-    made = []
-    for name, content in (("a/one.pt", b"weights"), ("b/other.pt", b"weights"), ("c/one.pt", b"others")):
-        file = tmp_path / name
-        file.parent.mkdir()
-        file.write_bytes(content)
-        made.append(neural(clip="ViT-B-32", clip_pretrained=str(file)).made_from)
-    assert made[0] == made[1] != made[2]
-    other = neural(clip="ViT-L-14", clip_pretrained=str(tmp_path / "a/one.pt")).made_from
-    assert other != made[0]
-    gelu = neural(clip="ViT-B-32", clip_pretrained=str(tmp_path / "a/one.pt"), clip_quick_gelu=False).made_from
-    assert gelu != made[0]
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "eval.geneval.judging",
-        "eval.geneval.detections",
-        "eval.geneval.scoring",
-        "eval.geneval.prompts",
-        "data_pipeline.images",
-    ],
-)
-def test_other_code_on_the_way_of_a_picture_judges_anew(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = shapes_judge().made_from
-    source = inspect.getsource
-
-    def changed(of: ModuleType) -> str:
-        return source(of) + "# changed\n" * (of.__name__ == module)
-
-    monkeypatch.setattr("inspect.getsource", changed)
-    after = shapes_judge().made_from
-    assert after["code"] != before["code"]
-    assert {**after, "code": None} == {**before, "code": None}
-
-
-def test_other_libraries_judge_anew(neural: MakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, shapes_before = neural().made_from, shapes_judge().made_from
-    monkeypatch.setattr(
-        "eval.versions.version", lambda name: {"torch": "2.99.1+cpu", "pillow": "99.0"}.get(name, version(name))
-    )
-    after = neural().made_from
-    assert after["libraries"] == {**before["libraries"], "torch": "2.99", "pillow": "99.0"}
-    assert shapes_judge().made_from["libraries"] == {**shapes_before["libraries"], "pillow": "99.0"}
-    assert "open-clip-torch" not in neural(needs_colors=False).made_from["libraries"]
-
-
-class Counting:
-    """A judge's detector, and how many pictures it was given."""
-
-    def __init__(self, detector: Detector, stop_after: int | None = None) -> None:
-        self._detector, self.scoring, self._stop_after = detector, detector.scoring, stop_after
-        self.pictures = 0
-
-    def detect(self, images: Any) -> Any:
-        if self._stop_after is not None and self.pictures >= self._stop_after:
-            raise KeyboardInterrupt
-        self.pictures += len(images)
-        return self._detector.detect(images)
-
-
-def counting(judge: Judge, stop_after: int | None = None) -> Counting:
-    detector = Counting(judge.detector, stop_after)
-    judge.__dict__["detector"] = detector  # where the cached property keeps it
-    return detector
-
-
-SHAPES_PROMPTS = shapes_prompts(per_task=2)
-
-
-@pytest.fixture
-def drawn(tmp_path: Path) -> Path:
-    """Correct pictures of shapes prompts, three of each."""
-    folder = make_images(tmp_path / "images", SHAPES_PROMPTS, pictures=0)
-    for number, metadata in enumerate(SHAPES_PROMPTS):
-        for picture in range(3):
-            image = shapes.ground_truth(metadata, 3 * number + picture).image
-            Image.fromarray(image).save(folder / f"{number:05d}/samples/{picture:04d}.png")
-    return folder
-
-
-def shapes_judge(**options: Any) -> Judge:
-    return load_judge("shapes", JudgeOptions(**options))
 
 
 def test_the_shapes_judge_finds_drawn_pictures_right(drawn: Path, tmp_path: Path) -> None:
@@ -534,33 +405,3 @@ def test_numbers_are_checked(drawn: Path, tmp_path: Path) -> None:
         list_pictures(drawn, 0)
     with pytest.raises(ValueError, match="batch size is 0"):
         score_pictures(list_pictures(drawn), tmp_path, shapes_judge(), batch_size=0)
-    with pytest.raises(ValueError, match="max_overlap is 0"):
-        shapes_judge(max_overlap=0)
-    with pytest.raises(ValueError, match="--detector-size is not for the judge 'shapes'"):
-        shapes_judge(detector_size=(5, 5))
-    with pytest.raises(ValueError, match="unknown judge 'owl'; choose one of mask2former, shapes"):
-        load_judge("owl", JudgeOptions())
-    options = JudgeOptions(detector="no/such", clip="local-dir:nowhere")
-    with pytest.raises(ValueError, match=r"(?s)no/such.*; and .*nowhere lacks"):  # told in one go
-        load_judge("mask2former", options)
-    with pytest.raises(ValueError, match=r"no/such") as raised:
-        load_judge("mask2former", options, needs_colors=False)
-    assert "nowhere" not in str(raised.value)
-
-
-def test_every_threshold_is_an_option(neural: MakeJudge) -> None:
-    given = {
-        "threshold": 0.11, "counting_threshold": 0.12, "max_objects": 13, "max_overlap": 0.14, "position_margin": 0.15,
-        "position_share": 0.16,
-    }  # fmt: skip
-    assert neural(**given).detector.scoring.__dict__ == given
-    judge = shapes_judge(**given)
-    assert judge.detector.scoring.__dict__ == given
-    assert shapes_judge().detector.scoring.threshold == 0.86
-
-
-def test_without_colored_prompts_clip_is_not_needed(neural: MakeJudge) -> None:
-    judge = neural(needs_colors=False, clip="local-dir:/nowhere")
-    assert judge.colors is None
-    with pytest.raises(ValueError, match="local-dir:/nowhere"):
-        neural(clip="local-dir:/nowhere")
