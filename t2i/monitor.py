@@ -38,6 +38,8 @@ TOLD_SECONDS = 5.0
 """How long rank 0 waits for the others to read a verdict."""
 BACKSTOP_SECONDS = 5.0
 """The process ends this long after a verdict even if it cannot be written down: the disk may be what hangs."""
+STACKS_SECONDS = 3.0
+"""For which the others wait for a rank to write its stacks."""
 LEAVE_SECONDS = QUIET_SECONDS + 3 * BEAT_SECONDS
 """How long a rank that is ended by a signal looks for a dead one that may be the reason."""
 FAREWELL_SECONDS = 60.0
@@ -65,7 +67,7 @@ class Monitor:
         self.progress = Progress(self.log.line)
         self._local_rank, self._share = local_rank, share
         self._me = Beat(rank, socket.gethostname(), os.getpid(), os.getppid())
-        self._beats, self._answers = 0, 0
+        self._beats, self._answers, self._has_stacks = 0, 0, False
         self._clock, self._looked = 0.0, 0.0
         self._judge_of_first = Judge([0], 0.0, "", self._clock)
         self._beside: dict[int, Beat] = {}
@@ -172,11 +174,18 @@ class Monitor:
             if verdict is not None:
                 break
             self._pause()
+        others = len(set(judge.listeners(verdict)) - {0})
+        self._write_stacks(verdict)  # once another rank has ended, this one's collective fails
+        self._store.set("listeners", str(others))
         self._store.set("verdict", verdict.to_json())
-        others, limit = len(set(judge.listeners(verdict)) - {0}), time.monotonic() + TOLD_SECONDS
-        while self._store.add("told", 0) < others and time.monotonic() < limit:
-            time.sleep(POLL_SECONDS)
+        self._wait_for("told", others)
         return verdict
+
+    def _wait_for(self, key: str, ranks: int) -> None:
+        """Until as many ranks have counted themselves, or for a while."""
+        limit = time.monotonic() + TOLD_SECONDS
+        while self._store.add(key, 0) < ranks and time.monotonic() < limit:
+            time.sleep(POLL_SECONDS)
 
     def _ended_beside(self) -> set[int]:
         """Ranks on this host whose process has been there and is no more."""
@@ -187,16 +196,25 @@ class Monitor:
         judge = self._judge_of_first
         try:
             while True:
-                self._beat()
-                if self._me.state == "finished" or (self._me.state == "failed" and not self._me.echo):
+                sent = self._beat()
+                # As it was sent: a state of meanwhile is still to be told, or rank 0 takes the end for a death.
+                if sent.state == "finished" or (sent.state == "failed" and not sent.echo):
                     return None
                 told, first = self._store.multi_get(["verdict", "beat/0"])
                 self._answers += 1
                 now = self._time()
                 judge.hear(Beat.from_json(first), now)
                 if told:
-                    self._store.add("told", 1)
-                    return Verdict.from_json(told)
+                    heard = Verdict.from_json(told)
+                    self._write_stacks(heard)
+                    with contextlib.suppress(DistError):  # rank 0 has ended, which waits for a while only
+                        if (
+                            heard.kind == "hangs"
+                        ):  # the others' stacks are to be those of the hang, not of this rank's end
+                            self._store.add("stacks", 1)
+                            self._wait_for("stacks", int(self._store.get("listeners")))
+                        self._store.add("told", 1)  # the last word: rank 0 may end now, and the store with it
+                    return heard
                 verdict = judge.dead(now)
                 if verdict is not None:
                     break
@@ -233,7 +251,8 @@ class Monitor:
         else:  # the main thread waits
             time.sleep(POLL_SECONDS)
 
-    def _beat(self) -> None:
+    def _beat(self) -> Beat:
+        """Tell the others of this rank; returns what they are told."""
         self._beats += 1
         where, waits = place()
         progress = self.progress
@@ -242,6 +261,23 @@ class Monitor:
             waits=waits, lines=self.log.last,
         )  # fmt: skip
         self._store.set(f"beat/{self.rank}", beat.to_json())
+        return beat
+
+    def _write_stacks(self, verdict: Verdict) -> None:
+        """Write the stacks of this process, once, if it ends for a hang."""
+        if verdict.kind != "hangs" or self._has_stacks:
+            return
+        self._has_stacks = True
+        title = f"{self._me}: {verdict.text.splitlines()[0]}"
+
+        def write() -> None:
+            with contextlib.suppress(OSError):
+                write_stacks(self.log.path.with_suffix(".stacks"), title)
+
+        # Nobody waits for long: what the ranks hang for may be this very file system.
+        writer = threading.Thread(target=write, name="stacks", daemon=True)
+        writer.start()
+        writer.join(STACKS_SECONDS)
 
     def _conclude(self, verdict: Verdict) -> None:
         """Tell of the verdict and end the process, unless it is about to end by an error of its own."""
@@ -256,9 +292,7 @@ class Monitor:
             os.write(2, f"\nerror: {verdict.text}\n".encode())
         for beat in verdict.dead:
             end_stopped(beat, me.host)
-        with contextlib.suppress(OSError):
-            if verdict.kind == "hangs":
-                write_stacks(self.log.path.with_suffix(".stacks"), f"{me}: {verdict.text.splitlines()[0]}")
+        self._write_stacks(verdict)
         for line in verdict.text.splitlines():
             self.log.line(line)
         os._exit(verdict.exit_code)

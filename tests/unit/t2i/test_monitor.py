@@ -24,7 +24,7 @@ from t2i import liveness, monitor
 
 liveness.BEAT_SECONDS = monitor.BEAT_SECONDS = 0.2
 liveness.SILENT_SECONDS = monitor.SILENT_SECONDS = 4.0
-liveness.SILENT_AT_START_SECONDS = 20.0
+liveness.SILENT_AT_START_SECONDS = 12.0
 liveness.QUIET_SECONDS, liveness.SETTLE_SECONDS, liveness.ECHO_SECONDS = 1.5, 1.0, 3.0
 
 def reading_for_ever():
@@ -92,10 +92,20 @@ while pids or waiting:
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 REST = "\ntime.sleep(1000)"
+SLOW_BEAT = """
+def slow(beat=own._beat):
+    sent = beat()
+    time.sleep(1)
+    return sent
+if rank == 1:
+    own._beat = slow
+time.sleep(0.5 if rank == 1 else 4)
+"""
 JOBS = {
     "end": (3, 0.0, "if rank == 1: time.sleep(0.5)"),
     "end of the first": (2, 0.0, "if rank == 0: time.sleep(0.5)"),
     "lock kept": (2, 0.0, "if rank == 1: ctypes.PyDLL(None).sleep(6)  # at start"),
+    "end during a beat": (2, 0.0, SLOW_BEAT),
     "killed": (3, 0.0, f"if rank == 1: {KILL}{REST}"),
     "killed elsewhere": (3, 0.0, f"if rank == 1: {KILL}{REST}  # elsewhere"),
     "first killed": (3, 0.0, f"if rank == 0: {KILL}{REST}"),
@@ -147,7 +157,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     return {name: Job(folder / name, ranks) for name, (ranks, *_) in JOBS.items()}
 
 
-@pytest.mark.parametrize("name", ["end", "end of the first", "lock kept"])
+@pytest.mark.parametrize("name", ["end", "end of the first", "end during a beat", "lock kept"])
 def test_ranks_that_end_well_say_nothing(jobs: dict[str, Job], name: str) -> None:
     assert set(jobs[name].codes) == {0}, jobs[name].errors
     assert set(jobs[name].errors) == {""}
