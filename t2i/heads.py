@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from t2i.config import ModelConfig
-from t2i.layers import RMSNorm, product
+from t2i.layers import RMSNorm
+from t2i.products import Multiplies
 
 CODE_COMPONENTS = 32  # principal components of the codes that heads start from
 CODE_SCALE = 4.0  # of the standard deviation of other weights
@@ -80,7 +81,7 @@ class _CrossEntropy(torch.autograd.Function):
         )
 
 
-class AxisHeads(nn.Module):
+class AxisHeads(Multiplies):
     """One prediction head per axis, each a norm and a linear map to the vocabulary, and their weighted mean.
 
     Head a at position q predicts the token at q + e_a; a position's logits are the mean of the predictions made for it
@@ -104,6 +105,10 @@ class AxisHeads(nn.Module):
             else:
                 self.weight[:, -1 if config.zero_init_heads == "last" else slice(None)] = 0
 
+    def matrix(self) -> Tensor:
+        """The heads' rows side by side, [V, I]."""
+        return self.weight.flatten(1)
+
     def forward(self, hidden: list[Tensor], weights_NA: Tensor, targets_BN: Tensor | None = None) -> Tensor:
         """Logits [B, N, V] from the predecessors' hidden states, one [B, N, C] per axis, and the weights of the mean; or,
         with the tokens that they predict, their mean cross-entropy (a scalar, nats per token), without ever holding them
@@ -112,11 +117,10 @@ class AxisHeads(nn.Module):
             norm(h) * weights_NA[:, a : a + 1].to(h.dtype)
             for a, (norm, h) in enumerate(zip(self.norms, hidden, strict=True))
         ]
-        # The heads' rows lie side by side, so that this view costs nothing.
-        joined, weight_VI = torch.cat(weighted, dim=-1), self.weight.flatten(1)
+        joined = torch.cat(weighted, dim=-1)
         if targets_BN is None:
-            return product(joined, weight_VI)
+            return self.multiply(joined)
         loss: Tensor = _CrossEntropy.apply(
-            joined.flatten(0, 1), weight_VI, targets_BN.flatten(), torch.is_grad_enabled()
+            joined.flatten(0, 1), self.matrix(), targets_BN.flatten(), torch.is_grad_enabled()
         )
         return loss

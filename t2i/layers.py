@@ -7,7 +7,6 @@ Shape suffixes: B batch, L sequence, S cached sequence, H heads, K key-value hea
 and I inputs of a linear map.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -16,30 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from t2i.config import ModelConfig
+from t2i.products import Multiplies
 from t2i.wavefronts import coordinates, order
 
 
-def product(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x [..., I] times the transposed weight: [..., O], as `F.linear`.
-
-    Without gradients on a processor it is computed as weight times columns, which takes 0.4 to 0.9 of the time for up to
-    `THIN_ROWS` rows, and comes with the strides of that. Few rows are filled up to a multiple of `FULL_ROWS`.
-    """
-    thin = x.device.type == "cpu" and x.dtype == torch.float32 and math.prod(x.shape[:-1]) <= THIN_ROWS
-    if torch.is_grad_enabled() or not thin:
-        return F.linear(x, weight_OI)
-    rows = x.flatten(0, -2)
-    n_rows = len(rows)
-    if FULL_ROWS < n_rows < 4 * FULL_ROWS:
-        rows = F.pad(rows, (0, 0, 0, -n_rows % FULL_ROWS))
-    return (weight_OI @ rows.t()).t()[:n_rows].unflatten(0, x.shape[:-1])
-
-
-THIN_ROWS = 512
-FULL_ROWS = 8  # of which a multiple up to four takes up to a third less time than somewhat fewer rows
-
-
-class Linear(nn.Linear):
+class Linear(Multiplies, nn.Linear):
     """Bias-free linear map that starts from normal(0, std)."""
 
     def __init__(self, n_in: int, n_out: int, std: float) -> None:
@@ -49,8 +29,11 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self._std)
 
+    def matrix(self) -> Tensor:
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight)
+        return self.multiply(x)
 
 
 class GatedLinear(Linear):
@@ -58,7 +41,7 @@ class GatedLinear(Linear):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
         if not torch.is_grad_enabled():
-            return product(F.silu(gate) * up, self.weight)
+            return self.multiply(F.silu(gate) * up)
         result: Tensor = _GatedProduct.apply(gate, up, self.weight)
         return result
 

@@ -214,6 +214,7 @@ class TextToImagePipeline:
         draw: Callable[..., Tensor] = partial(generate, guidance_share=guidance_share)
         if zipar_window is not None:
             draw = partial(generate_zipar, window=zipar_window, adaptive=zipar_adaptive)
+        self.model.pack()
         drawn: list[Tensor] = []
         with tqdm(total=self._passes(len(items), batch_size, zipar_window, zipar_adaptive), desc="decode", unit="pass",
                   disable=not progress) as bar:  # fmt: skip

@@ -130,6 +130,8 @@ def _one_model(
         for kind, users in ((config, {"nar", "naive"}), (raster, {"raster", "zipar"}))
         if users & set(variants)
     }
+    for model in models.values():
+        model.pack()
     naive = NaiveNAR(models[config]) if "naive" in variants else None
     passes = {
         "nar": len(wavefront_sizes(config.schedule)), "naive": len(wavefront_sizes(config.schedule)),

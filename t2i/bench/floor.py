@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from t2i.products import packed_operator, packed_product
+
 aten = torch.ops.aten
 # Inference mode hands these on whole.
 _COMPOSED = {aten.matmul.default, aten.linear.default, aten.scaled_dot_product_attention.default}
@@ -20,13 +22,15 @@ _ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu.default}
 _ATTENTION_BACKWARD = {aten._scaled_dot_product_flash_attention_for_cpu_backward.default}
 
 Product = tuple[Tensor, Tensor]
+"""Operands [..., M, K] and [..., K, N], or a packed [N, K]."""
 
 
 class Products(TorchDispatchMode):
     """Records the matrix products of what runs inside, and repeats them.
 
-    Operands that are parameters (given as `parameters`) are kept as they are, so that they come from memory as in the
-    run; all others are replaced by random ones of the same shape and strides, one for all of a kind.
+    Operands that are parameters (given as `parameters`), packed weights, and keys and values where there are no gradients
+    are kept as they are, so that they come from memory as in the run, the latter from its cache; all others are replaced by
+    random ones of the same shape and strides, one for all of a kind.
     """
 
     def __init__(self, parameters: list[Tensor]) -> None:
@@ -60,8 +64,11 @@ class Products(TorchDispatchMode):
                 return func.decompose(*args, **(kwargs or {}))
         if func in _PRODUCTS:
             self.products.append((self._operand(args[-2]), self._operand(args[-1])))
+        elif func is packed_operator():
+            self.products.append((self._operand(args[0].flatten(0, -2)), args[1]))
         elif func in _ATTENTION:
-            q, k, v = (self._head_operand(t) for t in args[:3])
+            kept = not torch.is_grad_enabled()
+            q, k, v = self._head_operand(args[0]), *(t.flatten(0, -3) if kept else self._head_operand(t) for t in args[1:3])
             weights = self._head_operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
             self.products += [(q, k.mT), (weights, v)]
         elif func in _ATTENTION_BACKWARD:
@@ -73,8 +80,11 @@ class Products(TorchDispatchMode):
 
     @torch.no_grad()
     def repeat(self) -> None:
-        """Compute all products once, into memory that is there already."""
+        """Compute all products once, but for those of packed weights into memory that is there already."""
         for left, right in self.products:
+            if right.is_mkldnn:
+                packed_product(left, right)
+                continue
             shape = (*left.shape[:-1], right.shape[-1])
             if shape not in self._results:
                 self._results[shape] = left.new_empty(shape)
@@ -83,4 +93,4 @@ class Products(TorchDispatchMode):
     @property
     def flops(self) -> int:
         """Floating-point operations, two for each multiply-add."""
-        return sum(2 * left.numel() * right.shape[-1] for left, right in self.products)
+        return sum(2 * left.numel() * right.shape[0 if right.is_mkldnn else -1] for left, right in self.products)
