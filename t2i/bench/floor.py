@@ -68,7 +68,10 @@ class Products(TorchDispatchMode):
             self.products.append((self._operand(args[0].flatten(0, -2)), args[1]))
         elif func in _ATTENTION:
             kept = not torch.is_grad_enabled()
-            q, k, v = self._head_operand(args[0]), *(t.flatten(0, -3) if kept else self._head_operand(t) for t in args[1:3])
+            q, k, v = (
+                self._head_operand(args[0]),
+                *(t.flatten(0, -3) if kept else self._head_operand(t) for t in args[1:3]),
+            )
             weights = self._head_operand(q.new_empty(*q.shape[:-1], k.shape[-2]))
             self.products += [(q, k.mT), (weights, v)]
         elif func in _ATTENTION_BACKWARD:

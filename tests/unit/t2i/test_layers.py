@@ -9,7 +9,6 @@ from small_models import small_config
 
 from t2i.heads import AxisHeads
 from t2i.layers import (
-    THIN_ROWS,
     Attention,
     Embedding,
     FeedForward,
@@ -19,7 +18,6 @@ from t2i.layers import (
     RMSNorm,
     _GatedProduct,
     prefix_rotary_table,
-    product,
     rotary_table,
     rotate_,
 )
@@ -186,12 +184,3 @@ def test_gated_map_in_bf16_and_with_a_frozen_weight() -> None:
         assert expected is not None
         assert got.grad is not None
         torch.testing.assert_close(got.grad.float(), expected, rtol=0.05, atol=0.02)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 15, 16, 23, 31, 32, 33, THIN_ROWS, THIN_ROWS + 1])
-def test_a_thin_product_is_the_linear_map(rows: int) -> None:
-    x, weight = torch.randn(1, rows, 12), torch.randn(5, 12)
-    with torch.no_grad():
-        result = product(x, weight)
-    assert result.shape == (1, rows, 5)
-    torch.testing.assert_close(result, F.linear(x, weight))

@@ -48,6 +48,28 @@ def test_floor_of_decoding_counts_every_block_of_every_pass() -> None:
     assert rows == [2, 1, 2 * 1, 2 * 2, 2 * 3, 2 * 2]
 
 
+def test_floor_of_decoding_multiplies_packed_weights_and_reads_the_cache() -> None:
+    model = small_model(small_config((3, 3)))
+    states, mask = captions(model.config, [2])
+    flops, kept = [], []
+    for packed in (False, True):
+        if packed:
+            model.pack()
+        with torch.no_grad(), Products(list(model.parameters())) as products:
+            generate(model, states, mask, guidance_scale=2.0, seeds=[0])
+        flops.append(products.flops)
+        kept.append(sum(right.is_mkldnn for _, right in products.products))
+        # Keys of heads of 8 channels: what a block has written in one pass lies where it lay in the others.
+        keys = [right for left, right in products.products if left.shape[-1] == 8 and right.shape[0] == 2 * 2]
+        assert len({one.untyped_storage().data_ptr() for one in keys}) == 2  # the cache's keys and its values
+        assert len({one.data_ptr() for one in keys}) == 2 * len(model.blocks)
+        products.repeat()
+    assert flops[0] == flops[1]
+    assert kept[0] == 0
+    # Two prefixes through the map of captions, three blocks and the heads; four wavefronts.
+    assert kept[1] == 2 * (2 + 3 * 5 + 1) + 4 * (3 * 5 + 1)
+
+
 def test_floor_of_a_training_step_counts_the_loss_in_parts() -> None:
     model = small_model(small_config((3, 3)))
     states, mask = captions(model.config, [2, 2])
