@@ -155,10 +155,13 @@ def _one_model(
         floors: dict[str, Products] = {}
         for variant in variants:
             model = models[raster if variant in ("raster", "zipar") else config]
-            with torch.no_grad(), Products(list(model.parameters())) as products:
-                drawn[variant] = ways[variant]()  # this also warms up
             runs[variant] = ways[variant]
-            if variant != "naive" and products.products:  # attention on a GPU is another operation
+            if variant == "naive":
+                drawn[variant] = ways[variant]()  # this also warms up
+                continue
+            with torch.no_grad(), Products(list(model.parameters())) as products:
+                drawn[variant] = ways[variant]()
+            if products.products:  # attention on a GPU is another operation
                 floors[variant] = products
                 runs[variant + FLOOR] = products.repeat
         timings = alternate(runs, repeats, device, f"{size} {grid}x{grid} batch {batch}")
