@@ -310,7 +310,6 @@ class NAR(nn.Module):
         for number, (_, own, real) in enumerate(kinds):
             rows, padding = slice(number * batch, (number + 1) * batch), length - real.shape[1]
             for all_of_it, part in ((cache.keys, own.keys), (cache.values, own.values)):
-                all_of_it[:, rows, :, :padding] = 0  # masked, yet what is in fresh memory may be no number
                 all_of_it[:, rows, :, padding:length] = part
             real_BP[rows, padding:] = real
         cache.advance(length)
