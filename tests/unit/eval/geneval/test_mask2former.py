@@ -104,6 +104,13 @@ def test_an_empty_mask_is_no_object() -> None:
     assert instances(torch.tensor([[9.0, 0.0]]), torch.full((1, 4, 4), -1.0), (4, 4), (4, 4), (4, 4)) == []
 
 
+def test_a_mask_of_one_pixel_is_an_object() -> None:
+    logits = torch.full((1, 4, 4), -5.0)
+    logits[0, 1, 2] = 5.0
+    ((label, _, mask),) = instances(torch.tensor([[9.0, 0.0]]), logits, (4, 4), (4, 4), (4, 4))
+    assert (label, np.argwhere(mask).tolist()) == (0, [[1, 2]])
+
+
 def test_a_box_ends_one_past_its_last_pixel() -> None:
     mask = np.zeros((6, 9), dtype=bool)
     mask[2, 3] = True

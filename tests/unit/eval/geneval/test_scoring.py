@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,6 +117,18 @@ def test_suppression_is_off_at_one_and_inclusive_below() -> None:
     exactly = box_iou(half[0].box, half[1].box)
     assert len(keep_detections(half, "colors", ScoringOptions(max_overlap=exactly))["circle"]) == 1
     assert len(keep_detections(half, "colors", ScoringOptions(max_overlap=exactly + 1e-9))["circle"]) == 2
+
+
+ends = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted)
+
+
+@given(ends, ends, ends, ends)
+def test_box_iou_is_that_of_the_pixels(xa: list[int], ya: list[int], xb: list[int], yb: list[int]) -> None:
+    masks = np.zeros((2, 10, 10), dtype=bool)
+    masks[0, ya[0] : ya[1] + 1, xa[0] : xa[1] + 1] = True
+    masks[1, yb[0] : yb[1] + 1, xb[0] : xb[1] + 1] = True
+    expected = np.logical_and(*masks).sum() / np.logical_or(*masks).sum()
+    assert box_iou((xa[0], ya[0], xa[1], ya[1]), (xb[0], yb[0], xb[1], yb[1])) == pytest.approx(expected)
 
 
 def test_box_iou_counts_the_last_pixel() -> None:
