@@ -5,8 +5,9 @@
 The first argument is a recipe's name or the recipe.json that an earlier run wrote. Every field of the recipe is an
 option (`--help` after a recipe lists them). The same command again goes on from the newest checkpoint. Exit codes:
 0 trained to the end, 1 a disk or the network has failed, 2 a mistake in what was asked for, 85 stopped by SIGINT (Ctrl-C),
-SIGTERM or SIGUSR1 with everything saved, 130 interrupted before or while that could be done, 86 another rank has died or
-failed, 87 a rank hangs: no step was done for `train.watchdog_seconds`. docs/faults.md has more.
+SIGTERM or SIGUSR1 with everything saved, 130 interrupted before or while that could be done, 143 ended by SIGTERM before
+training began, 86 another rank has died or failed, 87 a rank hangs: no step was done for `train.watchdog_seconds`.
+docs/faults.md has more.
 """
 
 import argparse
