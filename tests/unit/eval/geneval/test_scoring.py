@@ -169,6 +169,19 @@ def test_relations_never_contradict(a: Box, b: Box) -> None:
     assert not any(OPPOSITE[relation] in relations for relation in relations)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_relation_takes_more_than_half_of_the_offset(axis: int, sign: int) -> None:
+    # Two boxes 10 wide: of an offset of 4 the margin leaves 2, exactly half.
+    moved = [[0.0, 0.0, 10.0, 10.0] for _ in range(2)]
+    for box, offset in zip(moved, (4 * sign, 5 * sign), strict=True):
+        box[axis] += offset
+        box[axis + 2] += offset
+    half, more = (relations_between((b[0], b[1], b[2], b[3]), (0, 0, 10, 10)) for b in moved)
+    assert half == set()
+    assert more == {[["left of", "right of"], ["above", "below"]][axis][sign > 0]}
+
+
 @pytest.mark.parametrize(
     "wrong", [{"threshold": 1.5}, {"max_overlap": 0.0}, {"max_objects": 0}, {"counting_threshold": -1}]
 )
