@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,14 +44,14 @@ def test_a_packed_model_draws_the_same_tokens(grid: tuple[int, ...], temperature
     config = small_config(grid, n_head=4, n_kv_head=2)
     plain, packed = small_model(config), small_model(config).pack()
     states, mask = captions(config, [3, 5, 1])
-    options = {"guidance_scale": 3.0, "temperature": temperature, "seeds": [1, 2, 3]}
+    options: dict[str, Any] = {"guidance_scale": 3.0, "temperature": temperature, "seeds": [1, 2, 3]}
     assert generate(packed, states, mask, **options).equal(generate(plain, states, mask, **options))
 
 
 def test_a_packed_raster_model_draws_the_same_tokens_with_zipar() -> None:
     config = small_config((4, 4), order="raster")
     states, mask = captions(config, [3, 2])
-    options = {"window": 2, "guidance_scale": 3.0, "seeds": [1, 2]}
+    options: dict[str, Any] = {"window": 2, "guidance_scale": 3.0, "seeds": [1, 2]}
     plain, packed = small_model(config), small_model(config).pack()
     assert generate_zipar(packed, states, mask, **options).equal(generate_zipar(plain, states, mask, **options))
 
