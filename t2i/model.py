@@ -254,8 +254,8 @@ class NAR(nn.Module):
 
     def pack(self) -> Self:
         """Lay the weights out anew for decoding on a processor in float32, where that takes half the time and the weights
-        once more in memory; elsewhere it does nothing. For a model that is in evaluation mode, and until it leaves it: see
-        `t2i.products.Multiplies.pack`."""
+        once more in memory; elsewhere it does nothing. For a model that is in evaluation mode, and until it leaves it; after
+        weights have been changed in place, call it again."""
         assert not self.training, "what is packed does not follow the weights in training"
         for module in self.modules():
             if isinstance(module, Multiplies):

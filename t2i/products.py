@@ -75,6 +75,7 @@ class Multiplies(nn.Module):
     """A module that multiplies by one weight, and can keep it packed while that does not change."""
 
     _packed: Tensor | None = None
+    _packed_version: int | None = None
 
     def matrix(self) -> Tensor:
         """The weight [O, I]."""
@@ -88,10 +89,13 @@ class Multiplies(nn.Module):
 
     def pack(self) -> None:
         """Keep the weight packed from now on, once more in memory, where that is of use: in float32 on a processor. Training
-        mode, loading, moving and casting undo it; changes in place do not, so that evaluation mode has to come after them."""
+        mode, evaluation mode, loading, moving and casting undo it. Changes in place are seen by the next call."""
         weight_OI = self.matrix()
-        if self._packed is None and weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and packs():
-            self._packed = pack(weight_OI)
+        version = None if weight_OI.is_inference() else weight_OI._version
+        if self._packed is not None and self._packed_version == version:
+            return
+        if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and packs():
+            self._packed, self._packed_version = pack(weight_OI), version
 
     def train(self, mode: bool = True) -> Self:
         self._packed = None

@@ -91,6 +91,20 @@ def test_what_may_have_changed_is_not_packed_any_more(change: object) -> None:
     assert generate(model, states, mask, seeds=[0]).equal(generate(fresh, states, mask, seeds=[0]))
 
 
+def test_a_change_in_place_is_seen_when_packing_again() -> None:
+    model = small_model(small_config((3, 3))).pack()
+    kept = model.blocks[0].attention.wo._packed
+    with torch.no_grad():
+        model.heads.weight.mul_(-1)
+        model.blocks[0].feed_forward.w1.weight.zero_()
+    model.pack()
+    assert model.blocks[0].attention.wo._packed is kept  # that one has not changed
+    fresh = small_model(model.config)
+    fresh.load_state_dict(model.state_dict())
+    states, mask = captions(model.config, [2])
+    assert generate(model, states, mask, seeds=[0]).equal(generate(fresh, states, mask, seeds=[0]))
+
+
 def test_other_types_are_not_packed() -> None:
     model = small_model(small_config((3, 3))).double().pack()
     assert all(module._packed is None for module in model.modules() if isinstance(module, Multiplies))
