@@ -105,10 +105,6 @@ class AxisHeads(Multiplies):
             else:
                 self.weight[:, -1 if config.zero_init_heads == "last" else slice(None)] = 0
 
-    def matrix(self) -> Tensor:
-        """The heads' rows side by side, [V, I]."""
-        return self.weight.flatten(1)
-
     def forward(self, hidden: list[Tensor], weights_NA: Tensor, targets_BN: Tensor | None = None) -> Tensor:
         """Logits [B, N, V] from the predecessors' hidden states, one [B, N, C] per axis, and the weights of the mean; or,
         with the tokens that they predict, their mean cross-entropy (a scalar, nats per token), without ever holding them

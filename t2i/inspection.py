@@ -174,7 +174,7 @@ class Inspection:
         return None if name is None else TextEncoder.from_pretrained(name)
 
     def pipeline(self, module: TrainingModel, step: int) -> TextToImagePipeline:
-        """The model in training as a pipeline, sharing its weights."""
+        """The model in training as a pipeline, sharing its weights (and packing them while it draws on a processor)."""
         text_encoder = module.text_encoder or self._frozen_text_encoder
         pipe = TextToImagePipeline(
             module.nar, self._image_tokenizer, text_encoder, self._recipe.sample, self._recipe.image_size,

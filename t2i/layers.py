@@ -29,9 +29,6 @@ class Linear(Multiplies, nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self._std)
 
-    def matrix(self) -> Tensor:
-        return self.weight
-
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x)
 

@@ -253,9 +253,9 @@ class NAR(nn.Module):
     # Decoding
 
     def pack(self) -> Self:
-        """Lay the weights out anew for decoding on a processor in float32, where that takes half the time and the weights
-        once more in memory; elsewhere it does nothing. For a model that is in evaluation mode, and until it leaves it; after
-        weights have been changed in place, call it again."""
+        """Lay all matrices out anew for decoding on a processor in float32, where that takes up to half the time, and the
+        matrices once more in memory; elsewhere it does nothing. For a model that is in evaluation mode, until it is switched
+        to a mode; when weights have changed, call it again. See `t2i.products.Multiplies.pack`."""
         assert not self.training, "what is packed does not follow the weights in training"
         for module in self.modules():
             if isinstance(module, Multiplies):

@@ -35,11 +35,11 @@ CONNECT_SECONDS = 30.0
 POLL_SECONDS = 0.1
 """Between two looks of a rank that only waits for the others."""
 TOLD_SECONDS = 5.0
-"""How long rank 0 waits for the others to read a verdict."""
+"""How long rank 0 waits for the others to read a verdict, and each of them for the others to have written their stacks."""
 BACKSTOP_SECONDS = 5.0
 """The process ends this long after a verdict even if it cannot be written down: the disk may be what hangs."""
 STACKS_SECONDS = 3.0
-"""For which the others wait for a rank to write its stacks."""
+"""How long a rank's monitor waits for its stacks to be written: the disk may be what hangs."""
 LEAVE_SECONDS = QUIET_SECONDS + 3 * BEAT_SECONDS
 """How long a rank that is ended by a signal looks for a dead one that may be the reason."""
 FAREWELL_SECONDS = 60.0
@@ -208,9 +208,8 @@ class Monitor:
                     heard = Verdict.from_json(told)
                     self._write_stacks(heard)
                     with contextlib.suppress(DistError):  # rank 0 has ended, which waits for a while only
-                        if (
-                            heard.kind == "hangs"
-                        ):  # the others' stacks are to be those of the hang, not of this rank's end
+                        # The others' stacks are to be those of the hang, not of this rank's end.
+                        if heard.kind == "hangs":
                             self._store.add("stacks", 1)
                             self._wait_for("stacks", int(self._store.get("listeners")))
                         self._store.add("told", 1)  # the last word: rank 0 may end now, and the store with it

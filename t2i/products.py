@@ -53,49 +53,61 @@ def packed_product(x: Tensor, packed_OI: Tensor) -> Tensor:
     return result
 
 
-def pack(weight_OI: Tensor) -> Tensor:
+def pack_weight(weight_OI: Tensor) -> Tensor:
     """A copy of a weight as oneDNN lays it out; opaque, of the same shape."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), 2 * FULL_ROWS)
     return packed
 
 
 @cache
-def packs() -> bool:
+def can_pack() -> bool:
     """Whether this torch multiplies with packed weights. These are the operators that torch's compiler writes into models
     with frozen weights; no promise is made of them, so they are tried before they are used."""
-    x, weight_OI = torch.randn(3, 64), torch.randn(32, 64)
+    x = torch.linspace(-1, 1, 3 * 64, dtype=torch.float32, device="cpu").reshape(3, 64)
+    weight_OI = torch.linspace(-2, 1, 32 * 64, dtype=torch.float32, device="cpu").reshape(32, 64)
     try:
-        with torch.no_grad():
-            return torch.allclose(packed_product(x, pack(weight_OI)), F.linear(x, weight_OI), atol=1e-4)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return torch.allclose(packed_product(x, pack_weight(weight_OI)), F.linear(x, weight_OI), atol=1e-3)
     except (AssertionError, AttributeError, RuntimeError, TypeError):  # none, or another signature
         return False
 
 
-class Multiplies(nn.Module):
-    """A module that multiplies by one weight, and can keep it packed while that does not change."""
+def _state(weight: Tensor) -> tuple[int, int | None]:
+    """What changes when a weight is replaced or written to, but through `data` or in inference mode."""
+    return weight.data_ptr(), None if weight.is_inference() else weight._version
 
+
+class Multiplies(nn.Module):
+    """A module that multiplies by its weight, and can keep it packed while that does not change."""
+
+    weight: Tensor
     _packed: Tensor | None = None
-    _packed_version: int | None = None
+    _packed_state: tuple[int, int | None] | None = None
 
     def matrix(self) -> Tensor:
-        """The weight [O, I]."""
-        raise NotImplementedError
+        """The weight [O, I], if it has more axes the further ones side by side."""
+        return self.weight.flatten(1)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., I] times the transposed weight: [..., O]."""
-        if self._packed is None or torch.is_grad_enabled():
+        if self._packed is None or torch.is_grad_enabled() or self._packed_state != _state(self.weight):
+            return product(x, self.matrix())
+        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return product(x, self.matrix())
         return packed_product(x, self._packed)
 
     def pack(self) -> None:
-        """Keep the weight packed from now on, once more in memory, where that is of use: in float32 on a processor. Training
-        mode, evaluation mode, loading, moving and casting undo it. Changes in place are seen by the next call."""
-        weight_OI = self.matrix()
-        version = None if weight_OI.is_inference() else weight_OI._version
-        if self._packed is not None and self._packed_version == version:
+        """Keep the weight packed from now on, once more in memory, where that is of use: in float32 on a processor.
+
+        Changes to the weight put it out of use until the next call, but for those through `data` (as DeepSpeed's optimizers
+        make them) and in inference mode, which are not seen: switching to training or evaluation mode ends it.
+        """
+        state = _state(self.weight)
+        if self._packed is not None and self._packed_state == state:
             return
-        if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and packs():
-            self._packed, self._packed_version = pack(weight_OI), version
+        self._packed = None
+        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and can_pack():
+            self._packed, self._packed_state = pack_weight(self.matrix()), state
 
     def train(self, mode: bool = True) -> Self:
         self._packed = None
@@ -105,6 +117,6 @@ class Multiplies(nn.Module):
         self._packed = None
         return super()._apply(*args, **options)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._packed = None
-        super()._load_from_state_dict(*args)
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the packed weight, which cannot be copied or pickled."""
+        return self.__dict__ | {"_packed": None}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_models import small_config, small_model
 
 from data_pipeline.shapes import training_sample
+from t2i import products
 from t2i.config import SampleConfig
 from t2i.pipeline import Provenance, TextToImagePipeline, picture_grid
 from t2i.text_encoder import TextEncoder, TextEncoderConfig, train_sentencepiece
@@ -119,6 +120,16 @@ def test_pixels_do_not_depend_on_batch_and_threads(pipe: TextToImagePipeline) ->
         torch.set_num_threads(count)
         np.testing.assert_array_equal(np.concatenate([pipe.decode(part) for part in tokens.split(size)]), whole)
         assert torch.get_num_threads() == count
+
+
+@pytest.mark.skipif(not products.can_pack(), reason="this torch does not multiply with packed weights")
+def test_weights_are_packed_when_the_first_picture_is_drawn(pipe: TextToImagePipeline) -> None:
+    modules = [module for module in pipe.model.modules() if isinstance(module, products.Multiplies)]
+    assert all(module._packed is None for module in modules)
+    before = torch.get_rng_state()
+    pipe.tokens(PROMPTS, seed=0)
+    assert torch.get_rng_state().equal(before)
+    assert all(module._packed is not None for module in modules)
 
 
 def test_a_pipeline_without_a_tokenizer_draws_tokens_alone(class_pipe: TextToImagePipeline, tmp_path: Path) -> None:
