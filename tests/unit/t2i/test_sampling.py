@@ -197,3 +197,16 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
     states, mask = captions(model.config, [2, 3])
     with pytest.raises(ValueError, match=message):
         generate(model, states, mask, **options)
+
+
+def test_what_fresh_memory_holds_does_not_matter() -> None:
+    model = small_model(small_config((3, 4)))
+    states, mask = captions(model.config, [5, 1])
+    options: dict[str, Any] = {"guidance_scale": 3.0, "seeds": [0, 1]}
+    expected = generate(model, states, mask, **options)
+    torch.use_deterministic_algorithms(True)  # torch then fills it with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        assert generate(model, states, mask, **options).equal(expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
