@@ -46,7 +46,7 @@ def packed_operator() -> Callable[..., Any] | None:
 
 
 def packed_product(x: Tensor, packed_OI: Tensor) -> Tensor:
-    """As `product`, with a weight that `pack` has laid out."""
+    """As `product`, with a weight that `pack_weight` has laid out."""
     operator = packed_operator()
     assert operator is not None
     result: Tensor = operator(x, packed_OI, None, "none", [], "")

@@ -27,6 +27,12 @@ def test_a_thin_product_is_the_linear_map(rows: int, side_by_side: bool) -> None
     torch.testing.assert_close(result, F.linear(x, weight))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
+def test_with_onednn_weights_can_be_packed() -> None:
+    """Were it not so, tests below would be skipped and decoding would take twice as long, without a word."""
+    assert can_pack()
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each product with a packed weight, as they are made."""
